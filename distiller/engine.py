@@ -1,0 +1,81 @@
+"""The teacher, as the stages see it: conversations in, completions out.
+
+Three engines stand behind this interface (vLLM in process, an OpenAI-compatible server, a pool of vLLM actors) and the runner
+treats them alike: it calls `submit` while fewer than `capacity` asks are in flight, and `collect` to get what has finished.
+An engine knows nothing of rows, files, retries of an unparsable reply or resuming; those belong to the runner.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the teacher draws its tokens; one setting for a whole run, only the seed changes from ask to ask."""
+
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    """Nucleus mass in (0, 1]."""
+    top_k: int
+    """-1 means all tokens."""
+    max_tokens: int
+    """Longest completion, in tokens (a reasoning teacher's thinking included)."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question to the teacher."""
+
+    messages: list[dict]
+    """`[{"role": "system" | "user" | "assistant", "content": str}, ...]`"""
+    seed: int
+    """Sampling seed in [0, 2**31). The same ask with the same seed is meant to give the same completion."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer of the teacher."""
+
+    text: str
+    """The answer alone: no `<think>...</think>` block."""
+    reasoning: str | None
+    """The thinking (`<think>...</think>` split off, or the server's `reasoning_content`); None where there was none."""
+    finish_reason: str
+    """`"stop"`, or `"length"` when max_tokens cut the reply."""
+    prompt_tokens: int
+    completion_tokens: int
+    logprobs: list[float] | None
+    """Log-probability of each sampled token, natural log, shape (completion_tokens,); None where not asked for."""
+
+
+class AskError(Exception):
+    """This ask alone failed (over-long prompt, HTTP 400, ...). The message is the reason, fit for the failed file."""
+
+
+class EngineDead(RuntimeError):
+    """The engine is gone (dead worker, server unreachable after the client's retries); the command must end."""
+
+
+class TeacherEngine(Protocol):
+    """What the runner needs of an engine."""
+
+    capacity: int
+    """How many asks the engine wants in flight at once."""
+
+    def submit(self, key: int, ask: Ask) -> None:
+        """Queue one ask. A refusal (such as an over-long prompt) is not raised here: `collect` returns it as an AskError.
+
+        Raises EngineDead.
+        """
+
+    def collect(self) -> list[tuple[int, Completion | AskError]]:
+        """Block until at least one submitted ask has finished; return all that have, each with its key. Raises EngineDead."""
+
+    def close(self) -> None:
+        """Free what the engine holds. Asks still in flight are dropped."""
+
+    def facts(self) -> dict:
+        """Versions and settings worth keeping in the manifest (never a secret)."""
