@@ -1,0 +1,1 @@
+"""Training: losses, vocabulary rule, data, student model, trainer."""
