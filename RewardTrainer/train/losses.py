@@ -181,8 +181,8 @@ def generative_losses(
     pair_index (tokens,) long: the pair each token belongs to, in [0, num_pairs).
     teacher_logits: a slice of the same token axis -> (chunk, V_teacher); called without gradient, and once more for
         every chunk in the backward pass. None leaves the KL term out: `kl` and `kl_tokens` are 0.
-    shared_ids: ids both vocabularies have, as a bool mask over the first ids or as a number n (ids below n). Others are
-        removed from both distributions and the rest renormalized; a position whose target is not shared is left out
+    shared_ids: ids both vocabularies have, a bool mask over the first ids or a number n (ids below n). All others
+        are removed from both distributions, the rest renormalized; a position whose target is not shared is left out
         of the KL and of its n. None says that the vocabularies are equal. SFT is over the student's whole vocabulary
         and counts every token.
     temperature: divides both logits in the KL, whose value is multiplied by its square.
