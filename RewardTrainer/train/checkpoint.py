@@ -1,0 +1,320 @@
+"""Where a student comes from and what it is saved as.
+
+A checkpoint directory is a stock sequence-classification model, so that `transformers`, TRL, vLLM and `rewardbench` load it with no
+code of ours:
+
+    config.json             num_labels 1; problem_type "regression", or vLLM puts a sigmoid on the reward; pad_token_id
+    model*.safetensors      backbone and `score.weight`
+    tokenizer files         chat template; a pad token that is not EOS, or pooling would skip a final EOS
+    reward_student.json     what the stock files do not say: kind of head, where the LM head is
+    lm_head/                the LM head where it is not the embedding; in a folder of its own, because vLLM reads every
+                            *.safetensors file of the directory it is given
+    lm/                     `--save_lm`: the student as a stock causal LM
+
+An MLP head has no stock class: such a checkpoint carries `modeling_mlp_reward.py`, is loaded with `trust_remote_code=True`, and
+saving it says so.
+"""
+
+import copy
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from RewardTrainer.train import modeling_mlp_reward
+from RewardTrainer.train.modeling_mlp_reward import MLPRewardModel
+from RewardTrainer.train.student import (
+    MLP_WIDTH,
+    LanguageHead,
+    RewardStudent,
+    plain_loading,
+    reward_head,
+    split_causal_lm,
+)
+
+logger = logging.getLogger(__name__)
+
+STUDENT_FILE = "reward_student.json"
+LM_HEAD_FILE = "lm_head/model.safetensors"
+NEW_PAD_TOKEN = "<|pad|>"
+# Names under which tokenizers ship a token that is meant for padding or for nothing, best first.
+PAD_CANDIDATES = (
+    "<|pad|>",
+    "<pad>",
+    "[PAD]",
+    "<|padding|>",
+    "<|finetune_right_pad_id|>",
+    "<|endoftext|>",
+    "<unk>",
+    "<|reserved_special_token_0|>",
+)
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Give the tokenizer a pad token different from EOS, and drop token_type_ids, in place.
+
+    An existing special token that neither the chat template nor another role uses is preferred to a new one. Returns a sentence
+    about what changed, None if nothing did. The caller resizes the embeddings when `len(tokenizer)` outgrew them.
+    """
+    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return None
+    before = f"pad token {tokenizer.pad_token!r} {'is EOS' if tokenizer.pad_token else 'is missing'}"
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for name in PAD_CANDIDATES:
+        used = name in (tokenizer.bos_token, tokenizer.eos_token) or name in (tokenizer.chat_template or "")
+        if name in special and not used:
+            tokenizer.pad_token = name
+            return f"{before}: using the existing special token {name!r} (id {tokenizer.pad_token_id})"
+    tokenizer.add_special_tokens({"pad_token": NEW_PAD_TOKEN})
+    return f"{before}: added {NEW_PAD_TOKEN!r} (id {tokenizer.pad_token_id})"
+
+
+def load_tokenizer(path: str, **load_args) -> PreTrainedTokenizerBase:
+    """The tokenizer of `path`, prepared. ValueError if it has no chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(path, **load_args)
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer of {path} has no chat template, and a reward model scores conversations; "
+            "save one into its tokenizer (tokenizer.chat_template = ...)"
+        )
+    change = prepare_tokenizer(tokenizer)
+    if change:
+        logger.warning("%s: %s", path, change)
+    return tokenizer
+
+
+def read_student_file(path: str | Path) -> dict:
+    """The student file of a checkpoint directory of ours, {} for any other model."""
+    file = Path(path) / STUDENT_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The sequence-classification class of this architecture. ValueError if the library has none."""
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ValueError(
+            f"transformers has no sequence-classification class for {type(config).__name__}: a reward model of this "
+            "architecture could not be loaded by anything"
+        )
+    return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+
+
+def load_student(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    head: str = "linear",
+    language_head: bool = True,
+    dtype: torch.dtype = torch.float32,
+    **load_args,
+) -> RewardStudent:
+    """A student from a causal LM, from a reward model, or from a checkpoint of either kind of head saved here.
+
+    path: directory or hub name. tokenizer: prepared; embeddings grow when it outgrew them. language_head: whether the loss has
+    generative terms; without them an untied LM head is kept but frozen. load_args go to `from_pretrained`.
+
+    Raises ValueError for a generative loss on a model without LM head, for a model whose head is not one scalar, and for an
+    architecture that could not be exported.
+    """
+    config = AutoConfig.from_pretrained(path, **load_args)
+    ours = read_student_file(path)
+    is_reward_model = any(name.endswith("ForSequenceClassification") for name in config.architectures or []) or ours
+    if is_reward_model:
+        backbone, score, lm_head, head = _from_reward_model(path, config, ours, head, dtype, load_args)
+        if lm_head is None and language_head:
+            raise ValueError(
+                f"{path} is a reward model without an LM head, and this loss has generative terms: set --sft_weight 0 "
+                "--kl_weight 0 (or --loss_type margin_regression), or start from a causal LM"
+            )
+        if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
+            if lm_head is not None and lm_head.weight is not backbone.get_input_embeddings().weight:
+                raise ValueError(f"the tokenizer of {path} outgrew its embeddings; save it with a pad token first")
+            backbone.resize_token_embeddings(len(tokenizer))
+            if lm_head is not None:
+                lm_head.weight = backbone.get_input_embeddings().weight
+    else:
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **load_args)
+        if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
+            lm.resize_token_embeddings(len(tokenizer))
+            logger.warning("%s: embeddings resized to %d tokens", path, len(tokenizer))
+        backbone, lm_head = split_causal_lm(lm)
+        score = reward_head(head, config.get_text_config().hidden_size, std=config.initializer_range)
+    backbone.config.pad_token_id = tokenizer.pad_token_id
+    student = RewardStudent(backbone, score, lm_head, head)
+    if lm_head is not None and not language_head and not student.tied:
+        lm_head.requires_grad_(False)  # no gradient would reach it, which DDP takes for an error
+    stock_model(student)  # an architecture that cannot be exported is refused before training
+    return student
+
+
+def _from_reward_model(
+    path: str, config: PreTrainedConfig, ours: dict, head: str, dtype: torch.dtype, load_args: dict
+) -> tuple[PreTrainedModel, nn.Module, LanguageHead | None, str]:
+    """Backbone, reward head, LM head (None without one) and kind of reward head of a saved reward model."""
+    kind = ours.get("head", "linear")
+    if kind != head:
+        raise ValueError(f"{path} has a {kind} head: start from it with --head {kind}")
+    if kind == "linear":
+        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, **load_args)
+        stored = model.score if isinstance(getattr(model, "score", None), nn.Linear) else None
+        if stored is None or stored.out_features != 1 or stored.bias is not None:
+            raise ValueError(f"{path} ({type(model).__name__}) has no linear `score` head with one label and no bias")
+        backbone = model.base_model
+        weights = {"weight": _whole(stored.weight)}
+    else:
+        backbone = AutoModel.from_pretrained(path, dtype=dtype, **load_args)
+        prefix = "classifier."
+        weights = {k.removeprefix(prefix): v for k, v in read_weights(path).items() if k.startswith(prefix)}
+    score = reward_head(kind, config.get_text_config().hidden_size)
+    score.load_state_dict(weights)
+
+    lm_head = None
+    if ours.get("lm_head") == "tied":
+        lm_head = LanguageHead(backbone.get_input_embeddings().weight, None, backbone.config)
+    elif ours.get("lm_head") == "own":
+        stored = load_file(Path(path) / LM_HEAD_FILE)
+        parameters = {name: nn.Parameter(tensor.to(dtype)) for name, tensor in stored.items()}
+        lm_head = LanguageHead(parameters["weight"], parameters.get("bias"), backbone.config)
+    return backbone, score, lm_head, kind
+
+
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    """The full tensor of a parameter that ZeRO-3 may hold in parts."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        return weight.detach()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([weight]):
+        return weight.detach().clone()
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint's model*.safetensors files, on the CPU."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(Path(path).glob("model*.safetensors")):
+        tensors |= load_file(file)
+    if not tensors:
+        raise FileNotFoundError(f"{path} has no model*.safetensors file")
+    return tensors
+
+
+def stock_model(student: RewardStudent, state: dict[str, torch.Tensor] | None = None) -> PreTrainedModel:
+    """The student as the model its checkpoints load as, sharing the tensors of `state` (None: none, on the meta device).
+
+    state: `student.state_dict()` or what a ZeRO engine gathered. Raises ValueError if backbone and head do not fill the stock
+    class exactly.
+    """
+    config = copy.deepcopy(student.config)
+    config.num_labels = 1
+    config.problem_type = "regression"
+    with plain_loading(), torch.device("meta"):
+        if student.head == "linear":
+            model = stock_class(config)(config)
+        else:
+            config.reward_head_width = MLP_WIDTH
+            config.seq_pooling_type = "LAST"
+            config.auto_map = {"AutoModelForSequenceClassification": "modeling_mlp_reward.MLPRewardModel"}
+            model = MLPRewardModel(config)
+    head = "score" if student.head == "linear" else "classifier"
+    names = {f"backbone.{name}": f"{model.base_model_prefix}.{name}" for name in student.backbone.state_dict()}
+    names |= {f"score.{name}": f"{head}.{name}" for name in student.score.state_dict()}
+    if set(names.values()) != set(model.state_dict()):
+        odd = sorted(set(names.values()) ^ set(model.state_dict()))
+        raise ValueError(f"{type(model).__name__} is not this backbone and a `{head}` head: {odd[:6]}")
+    if state is not None:
+        model.load_state_dict({theirs: state[ours] for ours, theirs in names.items()}, assign=True)
+    return model
+
+
+def save_student(
+    student: RewardStudent,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: str | Path,
+    state: dict[str, torch.Tensor] | None = None,
+    save_lm: bool = False,
+) -> None:
+    """Write a checkpoint directory (module docstring). Called on one rank; `state` as for `stock_model`, None: the student's."""
+    output_dir = Path(output_dir)
+    state = student.state_dict() if state is None else state
+    model = stock_model(student, state)
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    if student.head == "mlp":
+        shutil.copy(modeling_mlp_reward.__file__, output_dir)
+        logger.warning("%s has an MLP head: not a stock model, it loads with trust_remote_code=True only", output_dir)
+
+    lm_head = "none" if student.language_head is None else "tied" if student.tied else "own"
+    if lm_head == "own":
+        prefix = "language_head."
+        weights = {k.removeprefix(prefix): v.contiguous() for k, v in state.items() if k.startswith(prefix)}
+        (output_dir / LM_HEAD_FILE).parent.mkdir(exist_ok=True)
+        save_file(weights, output_dir / LM_HEAD_FILE, metadata={"format": "pt"})
+    facts = {"head": student.head, "lm_head": lm_head}
+    (output_dir / STUDENT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    if save_lm:
+        save_causal_lm(student, tokenizer, output_dir / "lm", state)
+
+
+def save_causal_lm(
+    student: RewardStudent, tokenizer: PreTrainedTokenizerBase, output_dir: Path, state: dict[str, torch.Tensor]
+) -> None:
+    """Write the student's language model as a stock causal LM. ValueError without an LM head."""
+    if student.language_head is None:
+        raise ValueError("--save_lm: this student started from a reward model and has no LM head")
+    config = copy.deepcopy(student.config)
+    with plain_loading(), torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+    prefix = lm.base_model_prefix
+    weights = {f"{prefix}.{name}": state[f"backbone.{name}"] for name in student.backbone.state_dict()}
+    output = next(name for name, module in lm.named_modules() if module is lm.get_output_embeddings())
+    weights[f"{output}.weight"] = state[
+        "backbone." + _embedding_name(student.backbone) if student.tied else "language_head.weight"
+    ]
+    if student.language_head.bias is not None:
+        weights[f"{output}.bias"] = state["language_head.bias"]
+    lm.load_state_dict(weights, assign=True)
+    lm.tie_weights()
+    lm.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+
+
+def _embedding_name(backbone: PreTrainedModel) -> str:
+    embedding = backbone.get_input_embeddings()
+    return next(name for name, module in backbone.named_modules() if module is embedding) + ".weight"
+
+
+def load_weights(student: RewardStudent, path: str | Path) -> None:
+    """Put a checkpoint of the same student back into it, LM head included. KeyError or RuntimeError if it does not fit."""
+    stored = read_weights(path)
+    model = stock_model(student)
+    head = "score" if student.head == "linear" else "classifier"
+    state = {}
+    for name, tensor in stored.items():
+        if name.startswith(f"{head}."):
+            state["score." + name.removeprefix(f"{head}.")] = tensor
+        else:
+            state["backbone." + name.removeprefix(f"{model.base_model_prefix}.")] = tensor
+    if student.language_head is not None:
+        if student.tied:
+            state["language_head.weight"] = state["backbone." + _embedding_name(student.backbone)]
+        else:
+            state |= {f"language_head.{name}": tensor for name, tensor in load_file(Path(path) / LM_HEAD_FILE).items()}
+    student.load_state_dict(state)
