@@ -1,0 +1,267 @@
+"""Runs a stage: many rows in flight, each finished one on disk at once, resumable after a kill at any moment.
+
+A stage is a plain generator for one row. It yields an `Ask`, is given the `Completion` (or the `AskError` that befell this ask), and
+returns what became of the row:
+
+    def work(row):
+        reply = yield from ask_until(messages, parse, seed=seed, row_id=row["id"], max_tries=3)
+        if isinstance(reply, Failed):
+            return reply
+        return Done({**row, "refined_response": reply})
+
+It knows neither files nor batches nor other rows. The runner keeps `engine.capacity` such generators going, so that a row that needs
+another try does not hold up the rest, and is the only one to write files (see `store`).
+
+The seed of an ask depends on the run's seed, the row's id, which ask of the row it is and which try: never on what else is in flight. So a
+resumed run draws what an undisturbed one would have drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from distiller.engine import Ask, AskError, Completion, TeacherEngine
+from distiller.manifest import Manifest
+from distiller.records import BadRow, InputError
+from distiller.store import Store
+
+Parsed = TypeVar("Parsed")
+BAD_ROWS_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Done:
+    """The row is finished; goes to the output."""
+
+    row: dict
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """The row is sound but useless; goes to the filtered file with `reason` added. No failure."""
+
+    row: dict
+    reason: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Nothing usable came of the row; goes to the failed file with `reason` and `raw` added."""
+
+    reason: str
+    raw: str | None = None
+    """The teacher's last reply as it came; None where there was none."""
+
+
+class ParseError(ValueError):
+    """A reply cannot be parsed; the message says why. Raised by a stage's parser, asked again by `ask_until`."""
+
+
+Outcome = Done | Filtered | Failed
+RowWork = Generator[Ask, Completion | AskError, Outcome]
+Work = Callable[[dict], RowWork]
+
+
+def ask_seed(seed: int, row_id: str, number: int = 0, attempt: int = 0) -> int:
+    """The seed, in [0, 2**31), of the row's ask `number`, try `attempt` (both from 0), in a run with `seed`."""
+    digest = hashlib.blake2b(digest_size=4)
+    digest.update(f"{seed} {number} {attempt} {row_id}".encode("utf-8", "surrogatepass"))
+    return int.from_bytes(digest.digest(), "big") >> 1
+
+
+def ask_until(
+    messages: list[dict],
+    parse: Callable[[Completion], Parsed],
+    *,
+    seed: int,
+    row_id: str,
+    number: int = 0,
+    max_tries: int = 3,
+) -> Generator[Ask, Completion | AskError, Parsed | Failed]:
+    """Ask, and ask again with another seed while `parse` raises ParseError; use with `yield from`.
+
+    `number` tells the asks of one row apart (0, 1, ...). Returns what `parse` returned, or Failed: after `max_tries` replies that could
+    not be parsed, or at once when the engine refuses the ask. A reply cut by max_tokens reaches `parse` like any other
+    (`finish_reason == "length"`); what that means is the stage's to say.
+    """
+    for attempt in range(max_tries):
+        reply = yield Ask(messages, ask_seed(seed, row_id, number, attempt))
+        if isinstance(reply, AskError):
+            return Failed(str(reply))
+        try:
+            return parse(reply)
+        except ParseError as fault:
+            failed = Failed(str(fault), reply.text)
+    return failed
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of the rows, those of earlier runs of the same command included."""
+
+    counts: Counter
+    """Of "done", "filtered", "failed"."""
+    reasons: dict[str, Counter]
+    """{"filtered": Counter of reasons, "failed": ...}; numbers in a reason are written N."""
+    output: str
+    seconds: float
+    max_failure_rate: float
+
+    @property
+    def failure_rate(self) -> float:
+        return self.counts["failed"] / max(1, self.counts.total())
+
+    @property
+    def exit_code(self) -> int:
+        return int(self.failure_rate > self.max_failure_rate)
+
+    def __str__(self) -> str:
+        names = {"done": self.output, "filtered": f"{self.output}.filtered.jsonl", "failed": f"{self.output}.failed.jsonl"}
+        lines = [f"{self.counts[kind]} rows {kind}: {path}" for kind, path in names.items() if self.counts[kind]]
+        for kind, reasons in self.reasons.items():
+            lines += [f"  {kind}: {count} x {reason}" for reason, count in reasons.most_common(10)]
+        if self.exit_code:
+            lines.append(
+                f"{self.failure_rate:.1%} of the rows failed, more than --max_failure_rate {self.max_failure_rate:.1%}; "
+                "--retry_failed runs them again"
+            )
+        return "\n".join([*lines, f"finished in {_duration(self.seconds)}"])
+
+
+def run_stage(
+    rows: Iterable[dict | BadRow],
+    work: Work,
+    make_engine: Callable[[], TeacherEngine],
+    output: str | Path,
+    manifest: Manifest,
+    *,
+    total: int,
+    max_failure_rate: float = 0.1,
+    overwrite: bool = False,
+    retry_failed: bool = False,
+    progress_seconds: float = 5.0,
+) -> Summary:
+    """Run `work` on every row that has no line yet in the output, the filtered or the failed file.
+
+    `rows` is iterated lazily (twice with `retry_failed`), each with a unique "id"; `total` is their number, for the progress line.
+    `make_engine` is called once a row needs it: nothing is loaded when the run is refused or all is done.
+    An InputError or ParseError that leaves `work` fails its row; any other exception is a fault of the program and ends the run, as
+    EngineDead does; what is finished stays on disk. Raises InputError for a run that is refused.
+    """
+    started = time.monotonic()
+    store = Store(output, manifest, overwrite=overwrite)
+    engine = None
+    try:
+        if retry_failed:
+            store.forget_failed(row.id if isinstance(row, BadRow) else row["id"] for row in rows)
+        pending = _pending(rows, store)
+        progress = _Progress(total, store, progress_seconds)
+        first = next(pending, None)
+        if first is not None:
+            engine = make_engine()
+            store.record_engine(engine.facts())
+            _drive(first, pending, work, engine, store, progress)
+        return Summary(store.counts, store.reasons, str(output), time.monotonic() - started, max_failure_rate)
+    finally:
+        if engine is not None:
+            engine.close()
+        store.close()
+
+
+def _pending(rows: Iterable[dict | BadRow], store: Store) -> Iterator[dict]:
+    """The good rows still to do; bad ones are put in the failed file on the way."""
+    shown = 0
+    for row in rows:
+        if (row.id if isinstance(row, BadRow) else row["id"]) in store:
+            continue
+        if not isinstance(row, BadRow):
+            yield row
+            continue
+        if shown < BAD_ROWS_SHOWN:
+            print(f"bad row: {row}", file=sys.stderr)
+            shown += 1
+        place = {"file": row.file, "line": row.line}
+        store.write("failed", {"id": row.id, "reason": row.reason, "raw": row.raw, "remedy": row.remedy, **place})
+
+
+def _drive(
+    first: dict, pending: Iterator[dict], work: Work, engine: TeacherEngine, store: Store, progress: _Progress
+) -> None:
+    """Keep `engine.capacity` rows in flight until none is left. Each row has one ask at the engine at a time."""
+    flying: dict[int, tuple[dict, RowWork]] = {}
+    key, row = 0, first
+    while row is not None or flying:
+        while row is not None and len(flying) < engine.capacity:
+            flying[key] = (row, work(row))
+            _advance(key, None, flying, engine, store)
+            key, row = key + 1, next(pending, None)
+        if flying:
+            for finished, reply in engine.collect():
+                _advance(finished, reply, flying, engine, store)
+        progress.tell()
+
+
+def _advance(key: int, reply: Completion | AskError | None, flying: dict, engine: TeacherEngine, store: Store) -> None:
+    """Give a row its reply (None to start it) and submit what it asks next, or write down what became of it."""
+    row, generator = flying[key]
+    try:
+        ask = generator.send(reply)
+        if store.manifest.retries:
+            ask = replace(ask, seed=ask_seed(ask.seed, row["id"], attempt=store.manifest.retries))
+        engine.submit(key, ask)
+        return
+    except StopIteration as stop:
+        outcome = stop.value
+    except (InputError, ParseError) as fault:
+        outcome = Failed(str(fault))
+    del flying[key]
+    match outcome:
+        case Done(done):
+            if done["id"] != row["id"]:
+                raise ValueError(f"a stage must keep the row's id: {row['id']!r} became {done['id']!r}")
+            store.write("done", done)
+        case Filtered(useless, reason):
+            store.write("filtered", {**useless, "id": row["id"], "reason": reason})
+        case Failed(reason, raw):
+            store.write("failed", {**row, "reason": reason, "raw": raw})
+        case _:
+            raise TypeError(f"a stage returns Done, Filtered or Failed, not {outcome!r}")
+
+
+class _Progress:
+    """A line on stderr every few seconds: `1200/10000 rows, 3 failed, 41 filtered, 12.1 rows/s, 12m08s left`."""
+
+    def __init__(self, total: int, store: Store, seconds: float):
+        self.total, self.store, self.seconds = total, store, seconds
+        self.before = store.counts.total()
+        self.started = self.told = time.monotonic()
+        if self.before:
+            print(f"{self.before} of {total} rows are finished already; going on", file=sys.stderr)
+
+    def tell(self) -> None:
+        now = time.monotonic()
+        if now - self.told < self.seconds:
+            return
+        self.told = now
+        counts = self.store.counts
+        rate = (counts.total() - self.before) / (now - self.started)
+        left = _duration((self.total - counts.total()) / rate) if rate else "unknown time"
+        print(
+            f"{counts.total()}/{self.total} rows, {counts['failed']} failed, {counts['filtered']} filtered, "
+            f"{rate:.3g} rows/s, {left} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m{rest:02d}s" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,0 +1,189 @@
+"""The three files of a stage, `<output>`, `<output>.filtered.jsonl` and `<output>.failed.jsonl`, and the manifest beside them.
+
+The promise kept here: whatever moment the process is killed at, the same command goes on and every id ends in exactly one of the three
+files, once and whole. Three facts carry it. A row is one line, appended by one write, so that only the last line of a file can be torn; on
+opening, a torn line is cut off, and its row is simply not done. What is done is read from the files themselves, there is no
+second book that could disagree. And one process at a time: a lock on the output refuses the second.
+
+A kill loses nothing; a power cut may lose the last rows the operating system had not yet put on disk (there is no fsync), and those run again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from distiller.manifest import Manifest, differences
+from distiller.records import InputError, dump_line, id_key
+
+BLOCK = 1 << 16
+KINDS = ("done", "filtered", "failed")
+MOST_REASONS = 200
+"""Reasons counted apart; a message that differs in every row must not fill the memory."""
+
+
+class LineFile:
+    """An append-only JSONL file, held open by one descriptor (a POSIX lock is lost when any other one to the file is closed)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+    def lock(self) -> None:
+        """Held until this process ends or closes the file; a forked child does not inherit it. Raises InputError."""
+        try:
+            fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as fault:
+            raise InputError(f"another command is writing {self.path} at this moment; let it end, or stop it") from fault
+
+    def cut_torn_line(self) -> None:
+        """Drop what follows the last newline: the beginning of a row whose write was interrupted."""
+        end = os.fstat(self.descriptor).st_size
+        while end:
+            start = max(0, end - BLOCK)
+            newline = os.pread(self.descriptor, end - start, start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        os.ftruncate(self.descriptor, end)
+
+    def __iter__(self) -> Iterator[dict]:
+        os.lseek(self.descriptor, 0, os.SEEK_SET)  # appending does not care where the offset is
+        with open(self.descriptor, "rb", closefd=False) as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                    row["id"].encode("utf-8", "surrogatepass")
+                except (ValueError, KeyError, TypeError, AttributeError) as fault:
+                    raise InputError(f"{self.path}, line {number}: not a row a stage wrote; use --overwrite") from fault
+                yield row
+
+    def append(self, row: Mapping) -> None:
+        data = dump_line(row)
+        while data:  # once, unless the disk fills up or a signal comes
+            data = data[os.write(self.descriptor, data) :]
+
+    def replace(self, rows: Iterable[dict]) -> None:
+        """Put other rows in the file, all or none."""
+        part = self.path.with_name(self.path.name + ".part")
+        with part.open("wb") as file:
+            file.writelines(dump_line(row) for row in rows)
+        os.replace(part, self.path)
+        self.close()
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+
+    @property
+    def empty(self) -> bool:
+        return os.fstat(self.descriptor).st_size == 0
+
+    def clear(self) -> None:
+        os.ftruncate(self.descriptor, 0)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+class Store:
+    """Opens the three files for one run (and for no other at the same time) and knows what is done. Holds 8 bytes of hash an id."""
+
+    def __init__(self, output: str | Path, manifest: Manifest, *, overwrite: bool = False):
+        """Raises InputError when the files belong to a run whose result would differ, or are in use."""
+        self.manifest = manifest
+        self.manifest_path = Path(f"{output}.manifest.json")
+        paths = (Path(output), Path(f"{output}.filtered.jsonl"), Path(f"{output}.failed.jsonl"))
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        self.files: dict[str, LineFile] = {}
+        try:
+            for kind, path in zip(KINDS, paths, strict=True):
+                self.files[kind] = LineFile(path)
+                if kind == "done":
+                    self.files[kind].lock()
+            self._take_over(overwrite)
+        except InputError:
+            self.close()
+            raise
+
+    def _take_over(self, overwrite: bool) -> None:
+        for file in self.files.values():
+            file.clear() if overwrite else file.cut_torn_line()
+        if not all(file.empty for file in self.files.values()):
+            self._check(Manifest.load(self.manifest_path))
+        self.manifest.save(self.manifest_path)
+        self.finished: set[int] = set()
+        self.counts: Counter[str] = Counter()
+        self.reasons: dict[str, Counter[str]] = {"filtered": Counter(), "failed": Counter()}
+        for kind, file in self.files.items():
+            for row in file:
+                self._count(kind, row)
+
+    def _check(self, old: Manifest | None) -> None:
+        output = self.files["done"].path
+        if old is None:
+            raise InputError(f"{output} is there, but not its manifest {self.manifest_path}; use --overwrite to start anew")
+        changed = differences(old.identity, self.manifest.identity)
+        if changed:
+            raise InputError(
+                f"{output} was begun with other settings, and rows of both would mix in it:\n  "
+                + "\n  ".join(changed)
+                + "\nGo on with the settings it was begun with, name another --output, or use --overwrite to start anew."
+            )
+        self.manifest.retries = old.retries
+        self._say_changes(old.made_with, {**old.made_with, **self.manifest.made_with})
+        self.manifest.made_with = {**old.made_with, **self.manifest.made_with}
+
+    def record_engine(self, facts: dict) -> None:
+        """Add the engine's versions and settings to the manifest, once it is loaded."""
+        self._say_changes(self.manifest.made_with.get("engine", facts), facts)
+        self.manifest.made_with["engine"] = facts
+        self.manifest.save(self.manifest_path)
+
+    def _say_changes(self, old: dict, new: dict) -> None:
+        for line in differences(old, new) if self.begun else ():
+            print(f"warning: {self.files['done'].path} was begun with {line}", file=sys.stderr)
+
+    @property
+    def begun(self) -> bool:
+        return not all(file.empty for file in self.files.values())
+
+    def forget_failed(self, ids: Iterable[str]) -> int:
+        """Take those of the ids that failed out of the failed file, to run again with other seeds; returns how many."""
+        file = self.files["failed"]
+        failed = {id_key(row["id"]) for row in file}
+        again = failed & {id_key(identifier) for identifier in ids} if failed else set()
+        if again:
+            self.manifest.retries += 1
+            self.manifest.save(self.manifest_path)
+            file.replace(row for row in file if id_key(row["id"]) not in again)
+            self.finished -= again
+            self.counts["failed"] = 0
+            self.reasons["failed"].clear()
+            for row in file:
+                self._count("failed", row)
+        return len(again)
+
+    def __contains__(self, identifier: str) -> bool:
+        return id_key(identifier) in self.finished
+
+    def write(self, kind: str, row: Mapping) -> None:
+        """Append a finished row to the file of its kind ("done", "filtered", "failed")."""
+        self.files[kind].append(row)
+        self._count(kind, row)
+
+    def _count(self, kind: str, row: Mapping) -> None:
+        self.finished.add(id_key(row["id"]))
+        self.counts[kind] += 1
+        if kind in self.reasons:
+            reasons = self.reasons[kind]
+            reason = re.sub(r"\d+", "N", str(row.get("reason")))[:160]  # "prompt of N tokens" is one reason
+            reasons[reason if reason in reasons or len(reasons) < MOST_REASONS else "other reasons"] += 1
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
