@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Train a reward model: scored pairs -> a stock sequence-classification model. The paper's whole loss (distilrm) by default.
+#
+#   bash scripts/train_distilrm.sh                                            # configs/train/example.yaml
+#   NUM_PROCESSES=2 bash scripts/train_distilrm.sh --config configs/train/paper.yaml
+#   ZERO=3 bash scripts/train_distilrm.sh --learning_rate 1e-4                # every argument goes to run_reward_train.py
+#   bash scripts/train_distilrm.sh --resume_from_checkpoint last
+#   HOSTFILE=hosts.txt bash scripts/train_distilrm.sh --config ...            # several nodes, DeepSpeed's hostfile format
+#
+# NUM_PROCESSES  processes on this machine; default: the number of GPUs, or 1
+# ZERO           2 (default) or 3: which of configs/deepspeed/; `--deepspeed FILE` gives another
+# MASTER_PORT    default: a free one (several nodes: DeepSpeed's own)
+# Paths are relative to RewardTrainer/, from wherever this is called.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+config="${TRAIN_CONFIG:-configs/train/example.yaml}"
+zero="${ZERO:-2}"
+if ! command -v deepspeed >/dev/null && [[ -x ../.venv/bin/deepspeed ]]; then
+  PATH="$(cd .. && pwd)/.venv/bin:$PATH"
+fi
+PYTHONPATH="$(cd .. && pwd)${PYTHONPATH:+:$PYTHONPATH}"
+export PATH PYTHONPATH
+
+gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
+processes="${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}"
+if ((gpus == 0)); then
+  export DS_ACCELERATOR=cpu
+  cores="$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
+fi
+
+launch=()
+if [[ -n "${HOSTFILE:-}" ]]; then
+  launch+=(--hostfile "$HOSTFILE")
+  [[ -n "${NUM_PROCESSES:-}" ]] && launch+=(--num_accelerators "$NUM_PROCESSES")
+  [[ -n "${MASTER_PORT:-}" ]] && launch+=(--master_port "$MASTER_PORT")
+else
+  free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+  launch+=(--num_accelerators "$processes" --master_port "${MASTER_PORT:-$(python -c "$free_port")}")
+fi
+
+given=" $* "
+defaults=()
+[[ "$given" == *" --config"[\ =]* ]] || defaults+=(--config "$config")
+[[ "$given" == *" --deepspeed"[\ =]* ]] || defaults+=(--deepspeed "configs/deepspeed/zero$zero.json")
+
+exec deepspeed "${launch[@]}" --no_local_rank --module RewardTrainer.train.run_reward_train "${defaults[@]}" "$@"

@@ -1,0 +1,141 @@
+"""Arguments of `run_reward_train.py`: which model, which rows, which loss; the rest is `transformers.TrainingArguments`."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import TrainingArguments
+from trl import TrlParser
+
+from RewardTrainer.train.losses import LOSSES, check_weights
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class ModelArguments:
+    """Student and teacher."""
+
+    model_name_or_path: str = field(
+        metadata={
+            "help": "Student: a causal LM, or a reward model (AutoModelForSequenceClassification, one label) to go on from."
+        }
+    )
+    teacher_model: str | None = field(
+        default=None, metadata={"help": "Teacher of the KL term: a causal LM that knows the student's vocabulary."}
+    )
+    head: Literal["linear", "mlp"] = field(
+        default="linear",
+        metadata={
+            "help": "Reward head. linear exports a stock model; mlp (one hidden layer of 1024) loads with remote code only."
+        },
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="float32",
+        metadata={"help": "Precision of the student's weights. float32 with --bf16 is mixed precision."},
+    )
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Precision of the teacher's weights; auto is that of its checkpoint."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2, ...; None lets transformers choose."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Hub revision of the student."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the models. Said aloud when on."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Rows to train on and rows to hold out."""
+
+    train_file: str = field(
+        metadata={"help": "JSONL, JSON array or hub dataset of pairs; several are separated by commas."}
+    )
+    eval_file: str | None = field(default=None, metadata={"help": "Held-out rows. Their prompts are not trained on."})
+    eval_ratio: float = field(
+        default=0.0, metadata={"help": "Without --eval_file: share of the rows to hold out, whole prompts at a time."}
+    )
+    columns: str | None = field(
+        default=None, metadata={"help": "Other field names, ours=theirs: prompt=instruction,chosen=better"}
+    )
+    limit: int | None = field(default=None, metadata={"help": "Only the first rows of the file."})
+    max_length: int = field(default=1024, metadata={"help": "Longest token row, prompt and response together."})
+    overlong: Literal["drop", "truncate_prompt", "error"] = field(
+        default="drop",
+        metadata={"help": "What to do with longer rows. truncate_prompt cuts the prompt's left end, never the response."},
+    )
+
+
+@dataclass
+class DistilConfig(TrainingArguments):
+    """`TrainingArguments` with the loss. On a machine without CUDA it trains on the CPU without being told."""
+
+    loss_type: str = field(
+        default="distilrm",
+        metadata={"help": "Which loss; see RewardTrainer/train/losses.py.", "choices": list(LOSSES)},
+    )
+    reward_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on rewards."})
+    sft_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the SFT term; None: the loss's own (1 where it has the term)."}
+    )
+    kl_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the KL term; None: the loss's own (1 where it has the term)."}
+    )
+    margin_scale: float = field(default=1.0, metadata={"help": "Margins are divided by it."})
+    kl_temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL term."})
+    chunk_size: int = field(
+        default=1024, metadata={"help": "Response tokens whose logits exist at once; less needs less memory."}
+    )
+    save_lm: bool = field(
+        default=False, metadata={"help": "Also write the student's language model, to <output_dir>/lm."}
+    )
+    # Other defaults than TrainingArguments has.
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate."})
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Warm-up: a number of steps, or below 1 a share of them."}
+    )
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the rows."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between logs, or below 1 a share of them."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay false: the collator reads every field."}
+    )
+    report_to: str = field(default="none", metadata={"help": "none, tensorboard, wandb, ..."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+
+    def __post_init__(self):
+        if not torch.cuda.is_available():
+            self.use_cpu = True
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
+        super().__post_init__()
+        check_weights(self.loss_type, self.sft_weight, self.kl_weight, self.margin_scale)
+        if not 0 <= self.reward_weight < float("inf"):
+            raise ValueError(f"--reward_weight {self.reward_weight}: must be a finite number, 0 or above")
+        if self.kl_temperature <= 0 or self.chunk_size < 1:
+            raise ValueError("--kl_temperature must be above 0 and --chunk_size at least 1")
+        if self.remove_unused_columns:
+            raise ValueError("--remove_unused_columns true: the collator reads every field of a pair; leave it false")
+
+
+def parse(
+    default_config: Path, arguments: Sequence[str] | None = None
+) -> tuple[ModelArguments, DataArguments, DistilConfig]:
+    """`--config recipe.yaml` with command-line override; without --config, `default_config`.
+
+    An unknown key of the recipe is an error (ValueError), an unknown flag ends the program as argparse does.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # `--config=x` and `--config x` alike; TrlParser knows the second.
+    arguments = [
+        part for text in arguments for part in (text.split("=", 1) if text.startswith("--config=") else (text,))
+    ]
+    if "--config" not in arguments:
+        arguments = ["--config", str(default_config), *arguments]
+    parser = TrlParser((ModelArguments, DataArguments, DistilConfig))
+    return parser.parse_args_and_config(arguments)

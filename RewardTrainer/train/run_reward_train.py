@@ -1,0 +1,222 @@
+"""Train a reward model. Behind `scripts/train_distilrm.sh` and `scripts/train_rm.sh`.
+
+Reads scored pairs (JSONL with prompt, chosen, rejected and what the loss needs: margin, teacher_response, ...).
+Writes to `--output_dir` a stock sequence-classification model, `metrics.json`, and `checkpoint-*` directories of the same kind.
+
+    python -m RewardTrainer.train.run_reward_train                                     # configs/train/example.yaml
+    python -m RewardTrainer.train.run_reward_train --config configs/train/paper.yaml --learning_rate 2e-5
+    python -m RewardTrainer.train.run_reward_train --loss_type bt --resume_from_checkpoint last
+
+Relative paths are relative to the current directory; the recipes expect RewardTrainer/. Several processes: through the scripts
+(DeepSpeed launcher) or torchrun, not `accelerate launch`, which drops DeepSpeed on a CPU without a word.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from accelerate.utils import DistributedType
+from transformers import AutoConfig, AutoTokenizer, set_seed
+
+from distiller.records import InputError, parse_columns
+from RewardTrainer.train.arguments import DTYPES, DataArguments, DistilConfig, ModelArguments, parse
+from RewardTrainer.train.checkpoint import load_student, load_tokenizer
+from RewardTrainer.train.data import PairCollator, PairFeatures, encode_pairs, load_pairs
+from RewardTrainer.train.losses import check_weights, loss_spec
+from RewardTrainer.train.student import LiveTeacher
+from RewardTrainer.train.trainer import DistilTrainer, generative_field, last_checkpoint
+from RewardTrainer.train.vocabulary import match_vocabularies
+
+logger = logging.getLogger("RewardTrainer")
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "train"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    model_args, data_args, args = parse(CONFIGS / "example.yaml", arguments)
+    set_up(model_args, args)
+    sft_weight, kl_weight = check_weights(args.loss_type, args.sft_weight, args.kl_weight, args.margin_scale)
+    generative = generative_field(args.loss_type, sft_weight, kl_weight)
+
+    # Vocabularies, before any weight is read
+    code = {"trust_remote_code": model_args.trust_remote_code}
+    student_source = {"revision": model_args.model_revision, **code}
+    tokenizer = load_tokenizer(model_args.model_name_or_path, **student_source)
+    teacher_tokenizer = shared_ids = None
+    if kl_weight:
+        if model_args.teacher_model is None:
+            raise InputError("the KL term needs a teacher: give --teacher_model, or train without it: --kl_weight 0")
+        teacher_tokenizer = AutoTokenizer.from_pretrained(model_args.teacher_model, **code)
+        vocabulary = match_vocabularies(
+            AutoTokenizer.from_pretrained(model_args.model_name_or_path, **student_source),
+            teacher_tokenizer,
+            vocabulary_size(model_args.model_name_or_path, **student_source),
+            vocabulary_size(model_args.teacher_model, **code),
+        )
+        shared_ids = vocabulary.shared
+        logger.info("vocabularies match; the teacher alone has %d tokens", vocabulary.teacher_only)
+
+    # Data
+    needed = [*loss_spec(args.loss_type).needs, *([generative] if generative == "teacher_response" else [])]
+    with args.main_process_first(desc="reading pairs"):
+        train_rows, eval_rows = load_pairs(
+            data_args.train_file.split(","),
+            columns=parse_columns(data_args.columns),
+            required=needed,
+            eval_file=data_args.eval_file,
+            eval_ratio=data_args.eval_ratio,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            limit=data_args.limit,
+        )
+    encoding = {
+        "student_tokenizer": tokenizer,
+        "teacher_tokenizer": teacher_tokenizer,
+        "generative": generative,
+        "max_length": data_args.max_length,
+        "overlong": data_args.overlong,
+    }
+    train_pairs, train_counts = encode_pairs(train_rows, **encoding)
+    eval_pairs, eval_counts = encode_pairs(eval_rows, **encoding)
+    logger.info("train: %s", describe(train_pairs, train_counts))
+    logger.info("held out: %s", describe(eval_pairs, eval_counts) if eval_pairs else "no rows")
+
+    # Models
+    load_args = {} if model_args.attn_implementation is None else {"attn_implementation": model_args.attn_implementation}
+    student = load_student(
+        model_args.model_name_or_path,
+        tokenizer,
+        head=model_args.head,
+        language_head=generative is not None,
+        dtype=DTYPES[model_args.dtype],
+        **student_source,
+        **load_args,
+    )
+    teacher = None
+    if kl_weight:
+        teacher = LiveTeacher.load(
+            model_args.teacher_model, args.device, dtype=DTYPES[model_args.teacher_dtype], **code, **load_args
+        )
+
+    # Training
+    resume_from = find_checkpoint(args)
+    if resume_from is None and eval_pairs:
+        args.eval_on_start = True
+    trainer = DistilTrainer(
+        model=student,
+        args=args,
+        teacher=teacher,
+        shared_ids=shared_ids,
+        train_dataset=train_pairs,
+        eval_dataset=eval_pairs or None,
+        processing_class=tokenizer,
+        data_collator=PairCollator(
+            tokenizer.pad_token_id, None if teacher_tokenizer is None else teacher_tokenizer.pad_token_id
+        ),
+    )
+    check_launch(trainer)
+    result = trainer.train(resume_from_checkpoint=resume_from)
+
+    # Model, then metrics: what a run is for first
+    trainer.save_model()
+    trainer.save_state()
+    metrics = {"train": result.metrics, "counts": {"train": dict(train_counts), "eval": dict(eval_counts)}}
+    if eval_pairs:
+        metrics["before"] = next((log for log in trainer.state.log_history if "eval_loss" in log), None)
+        metrics["after"] = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        file = Path(args.output_dir) / "metrics.json"
+        file.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        logger.info("reward model in %s, metrics in %s", args.output_dir, file)
+    trainer.end()
+
+
+def set_up(model_args: ModelArguments, args: DistilConfig) -> None:
+    """Logging on the first rank alone, seeds, and what has to be said aloud."""
+    first = args.process_index == 0
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.INFO if first else logging.ERROR,
+        stream=sys.stderr,
+    )
+    for noisy in ("httpx", "DeepSpeed"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    set_seed(args.seed)
+    if model_args.trust_remote_code:
+        logger.warning("trust_remote_code: code that comes with the models runs with your rights")
+
+
+def vocabulary_size(path: str, **load_args) -> int:
+    """Number of logits of the model at `path`, from its config."""
+    return AutoConfig.from_pretrained(path, **load_args).get_text_config().vocab_size
+
+
+def describe(pairs: list[PairFeatures], counts: Counter) -> str:
+    """What of the file is used, in one line."""
+    longest = [
+        max(
+            len(pair[name])
+            for name in ("chosen_input_ids", "rejected_input_ids", "gen_input_ids")
+            if pair[name] is not None
+        )
+        for pair in pairs
+    ]
+    lengths = torch.tensor(longest, dtype=torch.float)
+    kept = ", ".join(f"{number} {name}" for name, number in counts.items() if number or name in ("pairs", "truncated"))
+    return f"{kept}; tokens in a pair's longest row: mean {lengths.mean():.0f}, max {int(lengths.max())}"
+
+
+def find_checkpoint(args: DistilConfig) -> str | None:
+    """What `--resume_from_checkpoint` (a path, `last` or `true`) names; None to start anew."""
+    wanted = args.resume_from_checkpoint
+    if wanted is not None and wanted.lower() not in ("last", "true", "false"):
+        return wanted
+    last = last_checkpoint(args.output_dir)
+    if wanted is None or wanted.lower() == "false":
+        if last is not None:
+            logger.warning("starting anew beside %s; to go on from it: --resume_from_checkpoint last", last)
+        return None
+    if last is None:
+        logger.warning("%s has no complete checkpoint: starting from the beginning", args.output_dir)
+    return last
+
+
+def check_launch(trainer: DistilTrainer) -> None:
+    """Says how the run is distributed, and refuses one that is not what was asked for."""
+    args, accelerator = trainer.args, trainer.accelerator
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched or args.world_size != launched:
+        raise RuntimeError(
+            f"{launched} processes were launched, but each trains in a group of {accelerator.num_processes}: "
+            "use the deepspeed launcher (scripts/) or torchrun"
+        )
+    if args.deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise RuntimeError(
+            f"--deepspeed is set, but training would run as {accelerator.distributed_type.value}: "
+            "use the deepspeed launcher (scripts/)"
+        )
+    if args.n_gpu > 1:
+        raise RuntimeError(
+            f"one process sees {args.n_gpu} GPUs and would split batches between them: start one process a GPU with "
+            "scripts/train_*.sh or torchrun, or show it one with CUDA_VISIBLE_DEVICES"
+        )
+    stage = f", ZeRO stage {accelerator.state.deepspeed_plugin.zero_stage}" if args.deepspeed else ""
+    logger.info(
+        "%s, %d process(es), %s%s; %d pairs a step",
+        args.device,
+        launched,
+        accelerator.distributed_type.value,
+        stage,
+        launched * args.per_device_train_batch_size * args.gradient_accumulation_steps,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as fault:
+        sys.exit(f"error: {fault}")

@@ -1,0 +1,230 @@
+"""`transformers.Trainer` for pairs: which loss of which pair counts how much, what is logged, what is evaluated and saved.
+
+The mean is over all pairs of the optimizer step. The Trainer calls `compute_loss` once a micro-batch on every rank; gradients are
+summed over micro-batches (`loss_is_scaled_for_ga` says that nothing is to be divided) and averaged over ranks (by DDP and DeepSpeed
+alike). So each micro-batch returns
+
+    sum of its pairs' losses * ranks / pairs of the whole step
+
+and a ragged last micro-batch weighs what it holds. The number of pairs is gathered over ranks before the step's first forward.
+"""
+
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import EvalPrediction, Trainer
+
+from RewardTrainer.train import checkpoint
+from RewardTrainer.train.losses import check_weights, loss_spec, reward_loss
+from RewardTrainer.train.student import LiveTeacher
+
+logger = logging.getLogger(__name__)
+
+COMPLETE_FILE = "checkpoint_complete"
+TEACHER_KEYS = ("teacher_input_ids", "teacher_attention_mask", "teacher_mask")
+# Columns of what evaluation gathers, one row a pair.
+COLUMNS = ("chosen", "rejected", "margin", "loss_reward", "sft", "kl", "tokens", "kl_tokens")
+
+
+class DistilTrainer(Trainer):
+    """Trains a `RewardStudent` on batches of `data.PairCollator`; `args` is a `DistilConfig`.
+
+    teacher: for a loss with a KL term. shared_ids: `SharedVocabulary.shared`, None for equal vocabularies.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *trainer_args,
+        teacher: LiveTeacher | None = None,
+        shared_ids: torch.Tensor | None = None,
+        **trainer_kwargs,
+    ):
+        super().__init__(*trainer_args, compute_metrics=self.pair_metrics, **trainer_kwargs)
+        self.sft_weight, self.kl_weight = check_weights(
+            self.args.loss_type, self.args.sft_weight, self.args.kl_weight, self.args.margin_scale
+        )
+        if self.kl_weight and teacher is None:
+            raise ValueError("--kl_weight above 0 needs a teacher: give --teacher_model, or --kl_weight 0")
+        self.teacher = teacher
+        self.shared_ids = None if shared_ids is None else shared_ids.to(self.args.device)
+        self._sums: dict[str, torch.Tensor] = {}
+
+    # One step
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The step's micro-batches, and the number of pairs in them over all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        pairs = torch.tensor(sum(len(batch["labels"]) for batch in batches), device=device)
+        return batches, self.accelerator.gather(pairs).sum()
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        """To the device. Margins keep fp32: the Trainer would cast them to DeepSpeed's 16-bit type."""
+        return {
+            name: value.to(self.args.device) if isinstance(value, torch.Tensor) else value
+            for name, value in inputs.items()
+        }
+
+    def pair_terms(self, model: torch.nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
+        """Rewards and loss terms of a batch, each (pairs,): the names of `COLUMNS` that the batch has."""
+        pairs = len(inputs["labels"])
+        arguments = {
+            "input_ids": inputs["input_ids"],
+            "attention_mask": inputs["attention_mask"],
+            "num_pairs": pairs,
+        }
+        if "gen_mask" in inputs:
+            arguments |= {
+                "gen_mask": inputs["gen_mask"],
+                "shared_ids": self.shared_ids,
+                "temperature": self.args.kl_temperature,
+                "chunk_size": self.args.chunk_size,
+            }
+            if self.teacher is not None and self.kl_weight:
+                arguments["teacher_logits"] = self.teacher.logits_for(*(inputs[key] for key in TEACHER_KEYS))
+        outputs = model(**arguments)
+        chosen, rejected = outputs["rewards"][:pairs], outputs["rewards"][pairs : 2 * pairs]
+        fields = {name: inputs.get(name) for name in ("margin", "chosen_score", "rejected_score")}
+        terms = {
+            "chosen": chosen,
+            "rejected": rejected,
+            "loss_reward": reward_loss(
+                self.args.loss_type, chosen, rejected, margin_scale=self.args.margin_scale, **fields
+            ),
+        }
+        terms |= {name: outputs[name] for name in ("sft", "kl", "tokens", "kl_tokens") if name in outputs}
+        if fields["margin"] is not None:
+            terms["margin"] = fields["margin"]
+        return terms
+
+    def pair_losses(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The weighted sum of the terms, (pairs,)."""
+        losses = self.args.reward_weight * terms["loss_reward"]
+        if self.sft_weight:
+            losses = losses + self.sft_weight * terms["sft"]
+        if self.kl_weight:
+            losses = losses + self.kl_weight * terms["kl"]
+        return losses
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """See the module docstring; `num_items_in_batch` is the number of pairs of the step over all ranks."""
+        terms = self.pair_terms(model, inputs)
+        losses = self.pair_losses(terms)
+        if not bool(torch.isfinite(losses).all()):
+            rows = inputs["pair_index"][~torch.isfinite(losses)].tolist()
+            raise FloatingPointError(
+                f"step {self.state.global_step}: the loss of training rows {self.row_names(rows)} is not finite; "
+                "lower --learning_rate or look at these rows"
+            )
+        self._count(terms)
+        loss = losses.sum() * (self.args.world_size / num_items_in_batch)
+        return (loss, terms) if return_outputs else loss
+
+    def row_names(self, rows: list[int]) -> list[str]:
+        """Ids of rows of the training set, given their positions."""
+        return [str(self.train_dataset[row].get("id", row)) for row in rows]
+
+    # Logging
+
+    def _count(self, terms: dict[str, torch.Tensor]) -> None:
+        gap = terms["chosen"] - terms["rejected"]
+        logged = {"loss_reward": terms["loss_reward"], "gap": gap, "accuracy": (gap > 0).float()}
+        if self.sft_weight:
+            logged["loss_sft"] = terms["sft"]
+        if self.kl_weight:
+            logged["loss_kl"] = terms["kl"]
+        logged["pairs"] = torch.ones_like(gap)
+        for name, values in logged.items():
+            self._sums[name] = self._sums.get(name, 0) + values.detach().sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds each term's mean over the pairs, of all ranks, since the last log."""
+        if "loss" in logs and self._sums:
+            names = list(self._sums)
+            total = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").tolist()
+            sums = dict(zip(names, total, strict=True))
+            pairs = sums.pop("pairs")
+            logs |= {name: value / pairs for name, value in sums.items()}
+            self._sums = {}
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """No loss (it would be averaged over batches, ragged or not) but a matrix (pairs, columns) that is gathered."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            terms = self.pair_terms(model, inputs)
+        missing = torch.full_like(terms["chosen"], math.nan)
+        matrix = torch.stack([terms.get(name, missing).float() for name in COLUMNS], dim=1)  # (pairs, columns)
+        return None, matrix, inputs["labels"]
+
+    def pair_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Means over held-out pairs, each pair once.
+
+        accuracy (ties count as half), mean_gap, gap_margin_pearson, gap_margin_slope (least squares, ideal 1 / margin_scale), loss
+        and its terms (means over pairs), nll (nats a token over all response tokens). What is undefined is left out.
+        """
+        columns = dict(zip(COLUMNS, np.asarray(prediction.predictions, dtype=np.float64).T, strict=True))
+        gap, margin = columns["chosen"] - columns["rejected"], columns["margin"]
+        metrics = {
+            "accuracy": float(np.mean(np.where(gap == 0, 0.5, gap > 0))),
+            "mean_gap": float(gap.mean()),
+            "loss": self.args.reward_weight * float(columns["loss_reward"].mean()),
+            "loss_reward": float(columns["loss_reward"].mean()),
+        }
+        if not np.isnan(margin).any() and margin.std() > 0:
+            covariance = float(np.mean((gap - gap.mean()) * (margin - margin.mean())))
+            metrics["gap_margin_slope"] = covariance / float(margin.var())
+            if gap.std() > 0:
+                metrics["gap_margin_pearson"] = covariance / float(margin.std() * gap.std())
+        if not np.isnan(columns["sft"]).any():
+            tokens = columns["tokens"].sum()
+            metrics["nll"] = float((columns["sft"] * columns["tokens"]).sum() / max(tokens, 1))
+            metrics["loss_sft"] = float(columns["sft"].mean())
+            metrics["loss"] += self.sft_weight * metrics["loss_sft"]
+            if self.kl_weight:
+                metrics["loss_kl"] = float(columns["kl"].mean())
+                metrics["loss"] += self.kl_weight * metrics["loss_kl"]
+        return metrics
+
+    # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """A stock model directory (`checkpoint.py`), from the student's own weights or those a ZeRO engine gathered."""
+        output_dir = Path(output_dir or self.args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        student = self.accelerator.unwrap_model(self.model)
+        save_lm = self.args.save_lm and output_dir == Path(self.args.output_dir)
+        checkpoint.save_student(student, self.processing_class, output_dir, state_dict or None, save_lm=save_lm)
+        (output_dir / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Marks the directory once every rank has written its part, so that a killed save is never resumed from."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE_FILE).touch()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Weights of both heads; DeepSpeed and FSDP read their own files."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            checkpoint.load_weights(self.model, resume_from_checkpoint)
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest complete checkpoint of a run, by the time it was completed; None if there is none."""
+    complete = Path(output_dir).glob(f"checkpoint-*/{COMPLETE_FILE}")
+    newest = max(complete, key=lambda file: file.stat().st_mtime_ns, default=None)
+    return None if newest is None else str(newest.parent)
+
+
+def generative_field(loss_type: str, sft_weight: float, kl_weight: float) -> str | None:
+    """The record field whose text the language-model terms are computed on; None where both weigh nothing."""
+    return loss_spec(loss_type).generative if sft_weight or kl_weight else None
