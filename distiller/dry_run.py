@@ -1,4 +1,5 @@
-"""What a command would do, without a model: rows, tokens with their uncertainty, and the prompts as the teacher would see them."""
+"""What a command would do, without a model: rows, tokens with their uncertainty, and the prompts as the teacher would
+see them."""
 
 from __future__ import annotations
 
@@ -30,7 +31,11 @@ def first_ask(work: Callable[[dict], Iterable[Ask]]) -> Preview:
 
 
 def dry_run(
-    rows: Iterable[dict | BadRow], preview: Preview, count_tokens: Callable[[list[dict]], int], max_tokens: int, how: str
+    rows: Iterable[dict | BadRow],
+    preview: Preview,
+    count_tokens: Callable[[list[dict]], int],
+    max_tokens: int,
+    how: str,
 ) -> None:
     """Print the report. `count_tokens` takes a conversation; `how` says in words how it counts."""
     good, bad = 0, 0

@@ -1,8 +1,9 @@
 """The teacher, as the stages see it: conversations in, completions out.
 
-Three engines stand behind this interface (vLLM in process, an OpenAI-compatible server, a pool of vLLM actors) and the runner
-treats them alike: it calls `submit` while fewer than `capacity` asks are in flight, and `collect` to get what has finished.
-An engine knows nothing of rows, files, retries of an unparsable reply or resuming; those belong to the runner.
+Three engines stand behind this interface (vLLM in process, an OpenAI-compatible server, a pool of vLLM actors) and the
+runner treats them alike: it calls `submit` while fewer than `capacity` asks are in flight, and `collect` to get what
+has finished. An engine knows nothing of rows, files, retries of an unparsable reply or resuming; those belong to the
+runner.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Completion:
     text: str
     """The answer alone: no `<think>...</think>` block."""
     reasoning: str | None
-    """The thinking (`<think>...</think>` split off, or the server's `reasoning_content`); None where there was none."""
+    """The thinking (`<think>...</think>` split off, or the server's `reasoning_content`); None where there was
+    none."""
     finish_reason: str
     """`"stop"`, or `"length"` when max_tokens cut the reply."""
     prompt_tokens: int
@@ -66,13 +68,15 @@ class TeacherEngine(Protocol):
     """How many asks the engine wants in flight at once."""
 
     def submit(self, key: int, ask: Ask) -> None:
-        """Queue one ask. A refusal (such as an over-long prompt) is not raised here: `collect` returns it as an AskError.
+        """Queue one ask. A refusal (such as an over-long prompt) is not raised here: `collect` returns it as an
+        AskError.
 
         Raises EngineDead.
         """
 
     def collect(self) -> list[tuple[int, Completion | AskError]]:
-        """Block until at least one submitted ask has finished; return all that have, each with its key. Raises EngineDead."""
+        """Block until at least one submitted ask has finished; return all that have, each with its key. Raises
+        EngineDead."""
 
     def close(self) -> None:
         """Free what the engine holds. Asks still in flight are dropped."""

@@ -1,7 +1,7 @@
 """What a run was made with, kept beside its output so that two different runs never mix in one file.
 
-`identity` decides the result (stage, model, sampling, prompts, input, seed, options): a rerun that differs there is refused.
-`made_with` says more (package versions, commit, engine): a difference there is only said aloud.
+`identity` decides the result (stage, model, sampling, prompts, input, seed, options): a rerun that differs there is
+refused. `made_with` says more (package versions, commit, engine): a difference there is only said aloud.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def hash_file(path: str | Path) -> str:
 
 
 def model_fingerprint(model: str) -> str | None:
-    """16 hex digits for the files of a local model directory (names, sizes, both ends of each); None for a hub or served name."""
+    """16 hex digits for the files of a local model directory (names, sizes, both ends of each); None for a hub or
+    served name."""
     directory = Path(model)
     if not directory.is_dir():
         return None
@@ -80,7 +81,8 @@ def model_fingerprint(model: str) -> str | None:
 
 
 def made_with() -> dict:
-    """Versions of the installed packages that matter, and the commit of this code (`-dirty` with local changes; None outside git)."""
+    """Versions of the installed packages that matter, and the commit of this code (`-dirty` with local changes; None
+    outside git)."""
     installed = {}
     for package in PACKAGES:
         try:

@@ -3,12 +3,14 @@
     for row in read_rows("data/pairs.jsonl", required={"rejected": "python refine/..."}):
         ...                                        # a dict with an "id", or a BadRow where the line cannot be used
 
-What a row must look like is checked here, once, so that no stage meets a missing field, a NaN score or an id seen twice.
-A line that cannot be used becomes a BadRow and harms only itself; with `strict=True` (training) it raises InputError.
+What a row must look like is checked here, once, so that no stage meets a missing field, a NaN score or an id seen
+twice. A line that cannot be used becomes a BadRow and harms only itself; with `strict=True` (training) it raises
+InputError.
 
-Fields keep the form they came in (a string, or TRL's list of messages); `prompt_messages` and `response_text` turn either into
-what a stage works with. Two conversational forms are rewritten to `prompt` + one assistant message while reading: TRL's implicit
-prompt (`chosen` and `rejected` are whole conversations, there is no `prompt`), and whole conversations beside a `prompt`.
+Fields keep the form they came in (a string, or TRL's list of messages); `prompt_messages` and `response_text` turn
+either into what a stage works with. Two conversational forms are rewritten to `prompt` + one assistant message while
+reading: TRL's implicit prompt (`chosen` and `rejected` are whole conversations, there is no `prompt`), and whole
+conversations beside a `prompt`.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from pathlib import Path
 RAW_LIMIT = 2000
 """Characters of a bad line that are kept."""
 MISFIT_ROWS = 100
-"""A file whose first rows (this many, or all where it is shorter) are bad for one and the same reason is refused as a whole: it is
-the wrong file, and failing each of its rows would only hide that."""
+"""A file whose first rows (this many, or all where it is shorter) are bad for one and the same reason is refused as a
+whole: it is the wrong file, and failing each of its rows would only hide that."""
 
 RESPONSE_FIELDS = ("chosen", "rejected", "response", "teacher_response", "refined_response", "original_chosen")
 NUMBER_FIELDS = ("chosen_score", "rejected_score", "original_chosen_score", "margin", "edit_similarity")
@@ -34,7 +36,8 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 class InputError(ValueError):
-    """The user's input or request cannot be used; the message names file, line, field and remedy where there are any."""
+    """The user's input or request cannot be used; the message names file, line, field and remedy where there are
+    any."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +130,15 @@ def read_rows(
     optional: tuple[str, ...] = (),
     strict: bool = False,
 ) -> Rows:
-    """The rows of a JSONL file, a JSON array or a hub dataset (`owner/name` or `owner/name:split`, split "train" by default).
+    """The rows of a JSONL file, a JSON array or a hub dataset (`owner/name` or `owner/name:split`, split "train" by
+    default).
 
-    `columns` maps our field names to the source's: `{"prompt": "instruction"}`. `required` maps each field that must be there to the
-    command that makes it (or ""); `optional` names those that are checked where present. `limit` takes the first rows. A row without
-    an id gets `row_id`; an id must be a non-empty string or an int, which is kept as its string. Of two rows with one id the
-    first keeps it, the later one is bad. Blank lines are skipped, CRLF and a byte-order mark accepted; a JSON array is read whole,
-    JSONL line by line. Raises InputError (on iteration) for a missing, empty or wholly unfit file, and for any bad row if `strict`.
+    `columns` maps our field names to the source's: `{"prompt": "instruction"}`. `required` maps each field that must
+    be there to the command that makes it (or ""); `optional` names those that are checked where present. `limit` takes
+    the first rows. A row without an id gets `row_id`; an id must be a non-empty string or an int, which is kept as its
+    string. Of two rows with one id the first keeps it, the later one is bad. Blank lines are skipped, CRLF and a
+    byte-order mark accepted; a JSON array is read whole, JSONL line by line. Raises InputError (on iteration) for a
+    missing, empty or wholly unfit file, and for any bad row if `strict`.
     """
     return Rows(str(source), dict(columns or {}), limit, dict(required or {}), tuple(optional), strict)
 
@@ -148,7 +153,8 @@ def survey(source: str | Path) -> tuple[int, str]:
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
-    """`"prompt=instruction,rejected=worse"` (ours=theirs) -> `{"prompt": "instruction", "rejected": "worse"}`. Raises InputError."""
+    """`"prompt=instruction,rejected=worse"` (ours=theirs) -> `{"prompt": "instruction", "rejected": "worse"}`. Raises
+    InputError."""
     columns = {}
     for pair in text.split(",") if text else ():
         ours, equals, theirs = (part.strip() for part in pair.partition("="))
@@ -172,7 +178,8 @@ def id_key(identifier: str) -> int:
 
 
 def dump_line(row: Mapping) -> bytes:
-    """The row as one line of JSON, newline included. Raises ValueError for a NaN or infinite number: they are not JSON."""
+    """The row as one line of JSON, newline included. Raises ValueError for a NaN or infinite number: they are not
+    JSON."""
     try:
         return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
     except UnicodeEncodeError:  # a lone surrogate has no UTF-8 form, but it has a JSON escape

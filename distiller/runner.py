@@ -1,7 +1,7 @@
 """Runs a stage: many rows in flight, each finished one on disk at once, resumable after a kill at any moment.
 
-A stage is a plain generator for one row. It yields an `Ask`, is given the `Completion` (or the `AskError` that befell this ask), and
-returns what became of the row:
+A stage is a plain generator for one row. It yields an `Ask`, is given the `Completion` (or the `AskError` that befell
+this ask), and returns what became of the row:
 
     def work(row):
         reply = yield from ask_until(messages, parse, seed=seed, row_id=row["id"], max_tries=3)
@@ -9,11 +9,11 @@ returns what became of the row:
             return reply
         return Done({**row, "refined_response": reply})
 
-It knows neither files nor batches nor other rows. The runner keeps `engine.capacity` such generators going, so that a row that needs
-another try does not hold up the rest, and is the only one to write files (see `store`).
+It knows neither files nor batches nor other rows. The runner keeps `engine.capacity` such generators going, so that a
+row that needs another try does not hold up the rest, and is the only one to write files (see `store`).
 
-The seed of an ask depends on the run's seed, the row's id, which ask of the row it is and which try: never on what else is in flight. So a
-resumed run draws what an undisturbed one would have drawn.
+The seed of an ask depends on the run's seed, the row's id, which ask of the row it is and which try: never on what
+else is in flight. So a resumed run draws what an undisturbed one would have drawn.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def ask_until(
 ) -> Generator[Ask, Completion | AskError, Parsed | Failed]:
     """Ask, and ask again with another seed while `parse` raises ParseError; use with `yield from`.
 
-    `number` tells the asks of one row apart (0, 1, ...). Returns what `parse` returned, or Failed: after `max_tries` replies that could
-    not be parsed, or at once when the engine refuses the ask. A reply cut by max_tokens reaches `parse` like any other
-    (`finish_reason == "length"`); what that means is the stage's to say.
+    `number` tells the asks of one row apart (0, 1, ...). Returns what `parse` returned, or Failed: after `max_tries`
+    replies that could not be parsed, or at once when the engine refuses the ask. A reply cut by max_tokens reaches
+    `parse` like any other (`finish_reason == "length"`); what that means is the stage's to say.
     """
     for attempt in range(max_tries):
         reply = yield Ask(messages, ask_seed(seed, row_id, number, attempt))
@@ -123,14 +123,18 @@ class Summary:
         return int(self.failure_rate > self.max_failure_rate)
 
     def __str__(self) -> str:
-        names = {"done": self.output, "filtered": f"{self.output}.filtered.jsonl", "failed": f"{self.output}.failed.jsonl"}
+        names = {
+            "done": self.output,
+            "filtered": f"{self.output}.filtered.jsonl",
+            "failed": f"{self.output}.failed.jsonl",
+        }
         lines = [f"{self.counts[kind]} rows {kind}: {path}" for kind, path in names.items() if self.counts[kind]]
         for kind, reasons in self.reasons.items():
             lines += [f"  {kind}: {count} x {reason}" for reason, count in reasons.most_common(10)]
         if self.exit_code:
             lines.append(
-                f"{self.failure_rate:.1%} of the rows failed, more than --max_failure_rate {self.max_failure_rate:.1%}; "
-                "--retry_failed runs them again"
+                f"{self.failure_rate:.1%} of the rows failed, more than --max_failure_rate {self.max_failure_rate:.1%};
+                " "--retry_failed runs them again"
             )
         return "\n".join([*lines, f"finished in {_duration(self.seconds)}"])
 
@@ -150,10 +154,10 @@ def run_stage(
 ) -> Summary:
     """Run `work` on every row that has no line yet in the output, the filtered or the failed file.
 
-    `rows` is iterated lazily (twice with `retry_failed`), each with a unique "id"; `total` is their number, for the progress line.
-    `make_engine` is called once a row needs it: nothing is loaded when the run is refused or all is done.
-    An InputError or ParseError that leaves `work` fails its row; any other exception is a fault of the program and ends the run, as
-    EngineDead does; what is finished stays on disk. Raises InputError for a run that is refused.
+    `rows` is iterated lazily (twice with `retry_failed`), each with a unique "id"; `total` is their number, for the
+    progress line. `make_engine` is called once a row needs it: nothing is loaded when the run is refused or all is
+    done. An InputError or ParseError that leaves `work` fails its row; any other exception is a fault of the program
+    and ends the run, as EngineDead does; what is finished stays on disk. Raises InputError for a run that is refused.
     """
     started = time.monotonic()
     store = Store(output, manifest, overwrite=overwrite)

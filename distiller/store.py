@@ -1,11 +1,14 @@
-"""The three files of a stage, `<output>`, `<output>.filtered.jsonl` and `<output>.failed.jsonl`, and the manifest beside them.
+"""The three files of a stage, `<output>`, `<output>.filtered.jsonl` and `<output>.failed.jsonl`, and the manifest
+beside them.
 
-The promise kept here: whatever moment the process is killed at, the same command goes on and every id ends in exactly one of the three
-files, once and whole. Three facts carry it. A row is one line, appended by one write, so that only the last line of a file can be torn; on
-opening, a torn line is cut off, and its row is simply not done. What is done is read from the files themselves, there is no
-second book that could disagree. And one process at a time: a lock on the output refuses the second.
+The promise kept here: whatever moment the process is killed at, the same command goes on and every id ends in exactly
+one of the three files, once and whole. Three facts carry it. A row is one line, appended by one write, so that only
+the last line of a file can be torn; on opening, a torn line is cut off, and its row is simply not done. What is done
+is read from the files themselves, there is no second book that could disagree. And one process at a time: a lock on
+the output refuses the second.
 
-A kill loses nothing; a power cut may lose the last rows the operating system had not yet put on disk (there is no fsync), and those run again.
+A kill loses nothing; a power cut may lose the last rows the operating system had not yet put on disk (there is no
+fsync), and those run again.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ MOST_REASONS = 200
 
 
 class LineFile:
-    """An append-only JSONL file, held open by one descriptor (a POSIX lock is lost when any other one to the file is closed)."""
+    """An append-only JSONL file, held open by one descriptor (a POSIX lock is lost when any other one to the file is
+    closed)."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -40,7 +44,9 @@ class LineFile:
         try:
             fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as fault:
-            raise InputError(f"another command is writing {self.path} at this moment; let it end, or stop it") from fault
+            raise InputError(
+                f"another command is writing {self.path} at this moment; let it end, or stop it"
+            ) from fault
 
     def cut_torn_line(self) -> None:
         """Drop what follows the last newline: the beginning of a row whose write was interrupted."""
@@ -62,7 +68,9 @@ class LineFile:
                     row = json.loads(line)
                     row["id"].encode("utf-8", "surrogatepass")
                 except (ValueError, KeyError, TypeError, AttributeError) as fault:
-                    raise InputError(f"{self.path}, line {number}: not a row a stage wrote; use --overwrite") from fault
+                    raise InputError(
+                        f"{self.path}, line {number}: not a row a stage wrote; use --overwrite"
+                    ) from fault
                 yield row
 
     def append(self, row: Mapping) -> None:
@@ -91,7 +99,8 @@ class LineFile:
 
 
 class Store:
-    """Opens the three files for one run (and for no other at the same time) and knows what is done. Holds 8 bytes of hash an id."""
+    """Opens the three files for one run (and for no other at the same time) and knows what is done. Holds 8 bytes of
+    hash an id."""
 
     def __init__(self, output: str | Path, manifest: Manifest, *, overwrite: bool = False):
         """Raises InputError when the files belong to a run whose result would differ, or are in use."""
@@ -126,13 +135,15 @@ class Store:
     def _check(self, old: Manifest | None) -> None:
         output = self.files["done"].path
         if old is None:
-            raise InputError(f"{output} is there, but not its manifest {self.manifest_path}; use --overwrite to start anew")
+            raise InputError(
+                f"{output} is there, but not its manifest {self.manifest_path}; use --overwrite to start anew"
+            )
         changed = differences(old.identity, self.manifest.identity)
         if changed:
             raise InputError(
                 f"{output} was begun with other settings, and rows of both would mix in it:\n  "
                 + "\n  ".join(changed)
-                + "\nGo on with the settings it was begun with, name another --output, or use --overwrite to start anew."
+                + "\nGo on with those settings, name another --output, or use --overwrite to start anew."
             )
         self.manifest.retries = old.retries
         self._say_changes(old.made_with, {**old.made_with, **self.manifest.made_with})
@@ -153,7 +164,8 @@ class Store:
         return not all(file.empty for file in self.files.values())
 
     def forget_failed(self, ids: Iterable[str]) -> int:
-        """Take those of the ids that failed out of the failed file, to run again with other seeds; returns how many."""
+        """Take those of the ids that failed out of the failed file, to run again with other seeds; returns how
+        many."""
         file = self.files["failed"]
         failed = {id_key(row["id"]) for row in file}
         again = failed & {id_key(identifier) for identifier in ids} if failed else set()

@@ -1,7 +1,7 @@
 """Prompt files: Jinja2 templates a user can edit, each rendered into one user message.
 
-The environment is sandboxed (a prompt file is data, not code) and strict (an unknown variable is an error, never an empty string). What is
-filled in is not rendered again, so braces in a response stay braces.
+The environment is sandboxed (a prompt file is data, not code) and strict (an unknown variable is an error, never an
+empty string). What is filled in is not rendered again, so braces in a response stay braces.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class PromptError(RuntimeError):
-    """A prompt file cannot be used; the message names the file and the variable or line. It concerns every row, so it ends the run."""
+    """A prompt file cannot be used; the message names the file and the variable or line. It concerns every row, so it
+    ends the run."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class PromptTemplate:
 
 
 def load_prompt(path: str | Path, variables: Iterable[str]) -> PromptTemplate:
-    """Read a prompt file that may use the given variables. Raises PromptError for a missing file, a syntax error or another variable."""
+    """Read a prompt file that may use the given variables. Raises PromptError for a missing file, a syntax error or
+    another variable."""
     try:
         data = Path(path).read_bytes()
         text = data.decode("utf-8-sig")
@@ -57,7 +59,8 @@ def load_prompt(path: str | Path, variables: Iterable[str]) -> PromptTemplate:
 
 
 def conversation_text(messages: list[dict]) -> str:
-    """A conversation as text for a teacher prompt: a single user message is its content, several are headed by their roles."""
+    """A conversation as text for a teacher prompt: a single user message is its content, several are headed by their
+    roles."""
     if len(messages) == 1 and messages[0]["role"] == "user":
         return messages[0]["content"]
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)

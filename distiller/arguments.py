@@ -1,0 +1,240 @@
+"""The arguments of a teacher stage: the fields every stage shares, and their reading from YAML and the command
+line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+import yaml
+from trl import TrlParser
+
+from distiller.engine import Sampling
+from distiller.manifest import hash_file, model_fingerprint
+from distiller.records import InputError
+
+
+def flag(default: object, text: str) -> object:
+    """A dataclass field with its default and its --help text."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class StageArguments:
+    """What every teacher stage takes. A stage adds its own fields (all with a default), which become part of its run's
+    identity."""
+
+    input: str | None = flag(None, "JSONL file, JSON array, or hub dataset `owner/name` or `owner/name:split`")
+    output: str | None = flag(
+        None, "JSONL file to write; <output>.filtered.jsonl, .failed.jsonl, .manifest.json beside it"
+    )
+    model: str | None = flag(None, "the teacher: local directory, hub name, or the name a server knows it by")
+    base_url: str | None = flag(
+        None, "OpenAI-compatible server, e.g. http://localhost:8000/v1 (key from OPENAI_API_KEY)"
+    )
+    prompt_file: str | None = flag(None, "Jinja2 file with the prompt to the teacher")
+    columns: str | None = flag(None, "our field names for the input's: ours=theirs,ours=theirs")
+    limit: int | None = flag(None, "only the first rows of the input; may grow from run to run")
+    seed: int = flag(0, "seed of everything drawn")
+    overwrite: bool = flag(False, "begin anew where the output exists")
+    retry_failed: bool = flag(False, "run the rows in <output>.failed.jsonl again, with other seeds")
+    max_failure_rate: float = flag(0.1, "exit code 1 when a larger share of the rows failed")
+    dry_run: bool = flag(False, "rows, token totals and two prompts; no model is loaded, nothing is written")
+
+    temperature: float = flag(0.7, "sampling temperature; 0 is greedy")
+    top_p: float = flag(0.8, "nucleus sampling")
+    top_k: int = flag(20, "sample from the k most likely tokens; -1 for all")
+    max_tokens: int = flag(2048, "longest reply in tokens, thinking included")
+    max_tries: int = flag(3, "how often a reply that cannot be parsed is asked for, the first time included")
+    enable_thinking: bool | None = flag(None, "true or false, for the chat template (in process: false unless given)")
+    chat_template_kwargs: str | None = flag(None, "more arguments for the chat template, as a JSON object")
+
+    max_model_len: int | None = flag(None, "context in tokens; the model's own unless given")
+    dtype: str = flag("auto", "in process: auto, bfloat16, float16, float32")
+    tensor_parallel_size: int = flag(1, "in process: GPUs the model is spread over")
+    gpu_memory_utilization: float = flag(0.9, "in process: share of the GPU's memory to take")
+    enforce_eager: bool = flag(False, "in process: no CUDA graphs; starts sooner, decodes slower")
+    max_num_seqs: int | None = flag(None, "in process: sequences decoded at once; vLLM's own unless given")
+    trust_remote_code: bool = flag(False, "let the model's repository run its own Python code on this machine")
+    max_concurrency: int = flag(64, "server: requests in flight at once")
+    timeout: float = flag(600.0, "server: seconds until a request is given up and tried again")
+    max_retries: int = flag(5, "server: how often the client repeats a request that failed")
+
+    root: Path | None = field(default=None, init=False)
+    """The repository root, which the paths in the default configuration are relative to."""
+
+    NEEDED: ClassVar[tuple[str, ...]] = ("input", "output", "model")
+    INPUT_FIELDS: ClassVar[tuple[str, ...]] = ("input",)
+    """Fields that name data (a path or a list of paths): their content counts for the identity, not their names."""
+    PROMPT_FIELDS: ClassVar[tuple[str, ...]] = ("prompt_file",)
+    """Fields that name prompt files: likewise."""
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset(
+        {
+            "output",
+            "base_url",
+            "limit",
+            "overwrite",
+            "retry_failed",
+            "max_failure_rate",
+            "dry_run",
+            "tensor_parallel_size",
+            "trust_remote_code",
+            "gpu_memory_utilization",
+            "enforce_eager",
+            "max_num_seqs",
+            "max_concurrency",
+            "timeout",
+            "max_retries",
+            "root",
+        }
+    )
+    """Fields that may differ when a run goes on: they change how fast or where, not what comes out."""
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_p, self.top_k, self.max_tokens)
+
+    @property
+    def template_kwargs(self) -> dict:
+        """Arguments for the chat template. In process, thinking is off unless asked for; a server is sent only what
+        was given."""
+        kwargs = {} if self.base_url else {"enable_thinking": False}
+        if self.chat_template_kwargs:
+            try:
+                kwargs |= json.loads(self.chat_template_kwargs)
+            except (ValueError, TypeError) as fault:
+                raise InputError(f"--chat_template_kwargs must be a JSON object: {fault}") from fault
+        return kwargs if self.enable_thinking is None else {**kwargs, "enable_thinking": self.enable_thinking}
+
+    def validate(self) -> None:
+        """Raises InputError for a value that cannot work, before anything is read or loaded."""
+        for name in self.NEEDED:
+            if not getattr(self, name):
+                raise InputError(f"--{name} is needed")
+        ranges = {
+            "temperature": (0, None),
+            "top_p": (1e-9, 1),
+            "top_k": (-1, None),
+            "max_tokens": (1, None),
+            "max_tries": (1, None),
+            "max_failure_rate": (0, 1),
+            "limit": (1, None),
+            "seed": (0, None),
+            "max_concurrency": (1, None),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not (value >= low and (high is None or value <= high)):
+                raise InputError(
+                    f"--{name} {value} is out of range (from {low:g}{'' if high is None else f' to {high}'})"
+                )
+        sources = {os.path.realpath(name) for name in self.named(*self.INPUT_FIELDS, *self.PROMPT_FIELDS)}
+        for suffix in ("", ".filtered.jsonl", ".failed.jsonl", ".manifest.json"):
+            if os.path.realpath(self.output + suffix) in sources:
+                raise InputError(f"--output {self.output} would write over an input ({self.output + suffix})")
+        for name in self.named(*self.INPUT_FIELDS, *self.PROMPT_FIELDS, "model"):
+            self._check_place(name)
+
+    def _check_place(self, name: str) -> None:
+        """Say from where to run, when a relative path is there from the repository root and not from here."""
+        if self.root and not Path(name).exists() and (self.root / name).exists() and Path.cwd() != self.root:
+            raise InputError(f"{name} does not exist from {Path.cwd()}; run this command from {self.root}")
+
+    def named(self, *fields: str) -> list[str]:
+        """The non-empty names in these fields; a field may hold one or a list."""
+        values = [getattr(self, name) for name in fields]
+        return [name for value in values for name in (value if isinstance(value, list) else [value]) if name]
+
+    def identity(self, stage: str, hashes: Mapping[str, str]) -> dict:
+        """All that decides what the stage writes; `hashes` has the content hash of every input, by its name."""
+        sampling = dataclasses.asdict(self.sampling)
+        apart = {
+            "model",
+            "seed",
+            "enable_thinking",
+            *sampling,
+            *self.INPUT_FIELDS,
+            *self.PROMPT_FIELDS,
+            *self.NOT_IDENTITY,
+        }
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in apart}
+        return {
+            "stage": stage,
+            "model": self.model,
+            "model_files": model_fingerprint(self.model),
+            "sampling": sampling,
+            "seed": self.seed,
+            "prompts": {name: [hash_file(path) for path in self.named(name)] for name in self.PROMPT_FIELDS},
+            "inputs": {name: [hashes[source] for source in self.named(name)] for name in self.INPUT_FIELDS},
+            "options": {**options, "chat_template_kwargs": self.template_kwargs},
+        }
+
+
+Arguments = TypeVar("Arguments", bound=StageArguments)
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the lines of the script's docstring and shows defaults."""
+
+
+class _Parser(TrlParser):
+    source = ""
+    """The configuration file, while its values are being parsed."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {self.source}{message} (--help lists all arguments)\n")
+
+
+def parse_stage_args(
+    cls: type[Arguments], default_config: Path, description: str | None = None, argv: list[str] | None = None
+) -> Arguments:
+    """Values from `--config file.yaml` (the stage's example where none is given), overridden by the command line.
+
+    The file holds one `name: value` a line, names as in --help, lists and (for JSON arguments) mappings as YAML writes
+    them, and, as TRL has it, `env:` with environment variables to set. An unknown key or a wrong value ends the
+    command (exit code 2) and names file and key.
+    """
+    parser = _Parser((cls,), description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser.add_argument(
+        "--config", default=os.path.relpath(default_config), help="YAML file with values for these arguments"
+    )
+    argv = sys.argv[1:] if argv is None else argv
+    config = parser.parse_known_args(argv)[0].config
+    parser.source = f"{config}: "
+    names = [f.name for f in dataclasses.fields(cls) if f.init]
+    config_argv = _config_argv(config, names, parser)
+    parser.parse_args(config_argv)  # only to have a wrong value reported with the file it stands in
+    parser.source = ""
+    args = parser.parse_args_into_dataclasses([*config_argv, *argv], look_for_args_file=False)[0]
+    args.root = default_config.resolve().parents[2]  # <root>/<stage>/configs/example.yaml
+    return args
+
+
+def _config_argv(path: str, names: list[str], parser: _Parser) -> list[str]:
+    """A configuration file as command-line arguments, so that both are checked alike. `null` leaves the default."""
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
+        parser.error(f"cannot be read: {fault}")
+    if not isinstance(config, dict):
+        parser.error("must be a mapping of names to values")
+    for name, value in (config.pop("env", None) or {}).items():
+        os.environ[name] = str(value)
+    argv = []
+    for name, value in config.items():
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1)
+            parser.error(f"unknown key `{name}`" + (f", did you mean `{near[0]}`?" if near else ""))
+        if isinstance(value, list):
+            argv += [f"--{name}", *(str(item) for item in value)]
+        elif value is not None:
+            argv.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return argv
