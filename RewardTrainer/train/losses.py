@@ -170,7 +170,6 @@ def generative_losses(
     shared_ids: torch.Tensor | int | None = None,
     temperature: float = 1.0,
     chunk_size: int = 1024,
-    use_reentrant: bool = False,
 ) -> GenerativeTerms:
     """SFT and forward KL per pair from the hidden states that predict response tokens, `chunk_size` tokens at a time.
 
@@ -186,7 +185,6 @@ def generative_losses(
         of the KL and of its n. None says that the vocabularies are equal. SFT is over the student's whole vocabulary
         and counts every token.
     temperature: divides both logits in the KL, whose value is multiplied by its square.
-    use_reentrant: which kind of `torch.utils.checkpoint`.
 
     A pair without response tokens has 0 for both terms. Raises ValueError for shapes that do not fit.
     """
@@ -218,7 +216,7 @@ def generative_losses(
             return sft, torch.where(counted[rows], kl, 0.0)
 
         # The heads have no dropout: there is no random state to keep for the recomputation.
-        sft, kl = checkpoint(chunk_terms, student_hidden[rows], use_reentrant=use_reentrant, preserve_rng_state=False)
+        sft, kl = checkpoint(chunk_terms, student_hidden[rows], use_reentrant=False, preserve_rng_state=False)
         sft_sum = sft_sum.index_add(0, pair_index[rows], sft)
         kl_sum = kl_sum.index_add(0, pair_index[rows], kl)
 

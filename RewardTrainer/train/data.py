@@ -1,0 +1,285 @@
+"""From records to batches: turn each row into tokens once, pad a batch. (`rows.py` reads the records.)
+
+A pair becomes up to three token rows for the student, and one for the teacher:
+
+    chosen, rejected   the whole conversation in the student's chat template, rendered as text and tokenized once
+                       without added special tokens: what a stock pipeline feeds the exported model, one BOS at most
+    generative         the prompt with the template's generation prompt | response tokens | the template's end of turn
+    teacher            the prompt in the teacher's own template         | the same response and end-of-turn ids
+
+How the response is found (the `|` above). Prompt and response are tokenized apart and joined as ids. Searching the
+response in the tokens of the whole text instead would be a guess: a token may straddle the border, templates trim, and
+a response can contain anything, the header of a turn included. Joined ids make the border exact by construction, give
+student and teacher the same response ids, and are what generation sees: the prompt's tokens, then token after token.
+So a response mask is a position, and no text can move it. It covers every response token once, the first and the end
+of turn included. Outside are prompt, padding, what a template puts between header and answer (Qwen3's empty think
+block), and what it writes after the end of turn (ChatML's newline, which a model that has stopped never says).
+
+Text that spells a special token ("<|im_end|>" in an answer about chat templates) is not refused. In a generative
+response it is split into ordinary tokens, so that the model never learns to stop there. In `chosen`, `rejected` and
+prompts it becomes the special token, as in every stock pipeline: the exported model must score what it was trained on.
+
+Which position predicts which token. The collator does not shift: masks mark the response tokens themselves, and the
+hidden state at t - 1 predicts token t. The model shifts (`student.py`): targets `input_ids[:, 1:][mask[:, 1:]]`,
+hidden states `hidden[:, :-1][mask[:, 1:]]`. A response never starts at 0: each token has a position before it.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import takewhile
+from typing import Literal, NotRequired, TypedDict
+
+import jinja2
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from distiller.records import InputError, prompt_messages, response_text
+from RewardTrainer.train.rows import NUMBERS, load_pairs
+
+__all__ = ["Dropped", "PairCollator", "PairFeatures", "encode_pair", "encode_pairs", "load_pairs"]
+
+NO_THINKING = {"enable_thinking": False}  # ignored by templates that do not know it
+
+
+# ---------------------------------------------------------------- tokens
+
+
+class PairFeatures(TypedDict):
+    """One pair in tokens; every `*_input_ids` is an int32 array, and None stands for what there is not."""
+
+    id: str
+    chosen_input_ids: np.ndarray
+    rejected_input_ids: np.ndarray
+    margin: float | None
+    chosen_score: float | None
+    rejected_score: float | None
+    gen_input_ids: np.ndarray | None
+    gen_response_start: int | None  # index of the first response token; it and all after it are response
+    teacher_input_ids: np.ndarray | None
+    teacher_response_start: int | None
+    truncated: int  # tokens taken from the prompt's left end, the same number in every row of the student
+    pair_index: NotRequired[int]  # position in the list that `encode_pairs` returns
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A pair that is not trained on: "overlong", or "overlong_response" where no cut of the prompt would help."""
+
+    reason: str
+
+
+def encode_pairs(rows: Sequence[dict], *arguments, **options) -> tuple[list[PairFeatures], Counter]:
+    """`encode_pair` for every row: (features, counts of "pairs", of "truncated" and of each reason).
+
+    Each feature also has `pair_index`, its position in the list. Raises InputError if rows were given and none left.
+    """
+    features, counts = [], Counter(pairs=0, truncated=0)
+    for row in rows:
+        pair = encode_pair(row, *arguments, **options)
+        if isinstance(pair, Dropped):
+            counts[pair.reason] += 1
+            continue
+        counts["truncated"] += pair["truncated"] > 0
+        features.append({**pair, "pair_index": len(features)})
+    counts["pairs"] = len(features)
+    if rows and not features:
+        reasons = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        raise InputError(f"0 of {len(rows)} pairs can be trained on ({reasons}): raise --max_length")
+    return features, counts
+
+
+def encode_pair(
+    row: Mapping,
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    generative: Literal["chosen", "teacher_response"] | None = None,
+    max_length: int | None = None,
+    overlong: Literal["drop", "truncate_prompt", "error"] = "drop",
+    teacher_chat_template_kwargs: Mapping = NO_THINKING,
+    student_chat_template_kwargs: Mapping = NO_THINKING,
+) -> PairFeatures | Dropped:
+    """The token rows of one record; see the module docstring for what they are.
+
+    generative: the field whose text the language-model terms are computed on; None for none.
+    teacher_tokenizer: adds the teacher's row; needs `generative`.
+    max_length: longest row of the student, in tokens; None for no limit.
+    overlong: what happens to a pair with a longer row. "truncate_prompt" takes the same number of tokens from the left
+        end of the prompt in all rows, so that chosen and rejected are compared under one prompt; a leading BOS stays,
+        and no response token goes. The teacher then sees as many prompt tokens as the student.
+    *_chat_template_kwargs: for rendering the prompts of generative rows. Reward rows are rendered without, as stock.
+
+    Raises InputError for a tokenizer without chat template, for one whose padding token ends a conversation, for a
+    conversation the template refuses, and with overlong="error" for a pair over max_length.
+    """
+    if teacher_tokenizer is not None and generative is None:
+        raise ValueError("a teacher row needs a generative field")
+    prompt, name = prompt_messages(row["prompt"]), f"row {row['id']}"
+    rows = {}
+    for side in ("chosen", "rejected"):
+        answer = {"role": "assistant", "content": response_text(row[side])}
+        rows[side] = token_ids(student_tokenizer, render(student_tokenizer, [*prompt, answer], name))
+    if rows["chosen"][-1] == student_tokenizer.pad_token_id:
+        raise InputError(
+            f"the chat template of {student_tokenizer.name_or_path!r} ends a conversation with the padding token "
+            f"{student_tokenizer.pad_token!r}: stock pipelines, which read the reward at the last token that is not "
+            "padding, would read it elsewhere than training; give the tokenizer another pad_token"
+        )
+    start = teacher_prompt = response = None
+    if generative is not None:
+        text = render(student_tokenizer, prompt, name, add_generation_prompt=True, **student_chat_template_kwargs)
+        prompt_ids = token_ids(student_tokenizer, text)
+        response = token_ids(student_tokenizer, response_text(row[generative]), split_special_tokens=True)
+        response += end_of_turn(student_tokenizer)
+        rows["gen"], start = prompt_ids + response, len(prompt_ids)
+    if teacher_tokenizer is not None:
+        text = render(teacher_tokenizer, prompt, name, add_generation_prompt=True, **teacher_chat_template_kwargs)
+        teacher_prompt = token_ids(teacher_tokenizer, text)
+
+    excess = max(len(ids) for ids in rows.values()) - max_length if max_length is not None else 0
+    if excess > 0:
+        if overlong == "error":
+            raise InputError(
+                f"{name} has {max_length + excess} tokens, more than --max_length {max_length}; raise it, or use "
+                "--overlong drop or --overlong truncate_prompt"
+            )
+        if overlong == "drop":
+            return Dropped("overlong")
+        # Only what comes before the assistant's turn may go, and never all of it: a response cannot start at 0.
+        prompt_only = token_ids(student_tokenizer, render(student_tokenizer, prompt, name))
+        if excess > min(_common_prefix(prompt_only, ids) for ids in rows.values()) - 1:
+            return Dropped("overlong_response")
+        rows = {side: _cut_left(student_tokenizer, ids, excess) for side, ids in rows.items()}
+        if start is not None:
+            start -= excess
+        if teacher_prompt is not None and len(teacher_prompt) > start:
+            teacher_prompt = _cut_left(teacher_tokenizer, teacher_prompt, len(teacher_prompt) - start)
+
+    def array(ids: list[int] | None) -> np.ndarray | None:
+        return None if ids is None else np.array(ids, dtype=np.int32)
+
+    return PairFeatures(
+        id=row["id"],
+        chosen_input_ids=array(rows["chosen"]),
+        rejected_input_ids=array(rows["rejected"]),
+        **{number: row.get(number) for number in NUMBERS},
+        gen_input_ids=array(rows.get("gen")),
+        gen_response_start=start,
+        teacher_input_ids=array(None if teacher_prompt is None else teacher_prompt + response),
+        teacher_response_start=None if teacher_prompt is None else len(teacher_prompt),
+        truncated=max(excess, 0),
+    )
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], name: str, **options) -> str:
+    """The conversation as text in the tokenizer's chat template; `name` is for the message of the InputError."""
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template: use an instruct model, "
+            "or put the template beside the tokenizer as chat_template.jinja"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except jinja2.TemplateError as fault:
+        roles = ", ".join(message["role"] for message in messages)
+        raise InputError(
+            f"{name}: the chat template of {tokenizer.name_or_path!r} refuses a conversation of {roles}: {fault}; "
+            "rewrite its prompt (a system message can go into the first user message) or leave the row out"
+        ) from fault
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, **options) -> list[int]:
+    """Ids of a rendered text: the template has written BOS already where it belongs, so none is added."""
+    return tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the template writes after an answer, up to and including its first special token ("<|im_end|>").
+
+    Without a special token there: all of it but trailing white space, which may be nothing.
+    """
+    return list(_end_of_turn(tokenizer, str(tokenizer.chat_template)))
+
+
+@lru_cache(maxsize=16)
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[int, ...]:
+    mark = "ANSWER"
+    messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": mark}]
+    _, found, after = render(tokenizer, messages, "a trial conversation").rpartition(mark)
+    if not found:
+        raise InputError(f"the chat template of {tokenizer.name_or_path!r} does not write what the assistant says")
+    ids = token_ids(tokenizer, after)
+    before = list(takewhile(lambda i: i not in tokenizer.added_tokens_decoder, ids))
+    return tuple(ids[: len(before) + 1] if len(before) < len(ids) else token_ids(tokenizer, after.rstrip()))
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _cut_left(tokenizer: PreTrainedTokenizerBase, ids: list[int], count: int) -> list[int]:
+    """Without the first `count` tokens; a leading BOS stays, and the tokens after it go."""
+    keep = 1 if ids[0] == tokenizer.bos_token_id else 0
+    return ids[:keep] + ids[keep + count :]
+
+
+# ---------------------------------------------------------------- batches
+
+
+@dataclass
+class PairCollator:
+    """Pads the features of B pairs on the right, to the longest row of this batch.
+
+    input_ids, attention_mask (rows, L) long: rows 0..B-1 chosen, B..2B-1 rejected, 2B..3B-1 generative where there are
+    gen_mask (B, L) bool: response tokens of the generative rows
+    teacher_input_ids, teacher_attention_mask (B, Lt) long; teacher_mask (B, Lt) bool: gen_mask's count in each row
+    margin, chosen_score, rejected_score (B,) float32: each where every pair of the batch has it
+    pair_index (B,) long: position in the dataset
+    labels (B,) long, all 1: what transformers.Trainer counts to learn how many pairs the optimizer step has
+
+    Masks are not shifted; see the module docstring. Row i of every field belongs to the same pair.
+    """
+
+    pad_token_id: int
+    teacher_pad_token_id: int | None = None
+
+    def __call__(self, features: Sequence[Mapping]) -> dict[str, torch.Tensor]:
+        sides = ["chosen_input_ids", "rejected_input_ids"]
+        if features[0]["gen_input_ids"] is not None:
+            sides.append("gen_input_ids")
+        rows = [feature[side] for side in sides for feature in features]
+        batch = {}
+        batch["input_ids"], batch["attention_mask"] = _pad(rows, self.pad_token_id)
+        if len(sides) == 3:
+            own = batch["attention_mask"][2 * len(features) :]
+            batch["gen_mask"] = _response_mask(own, [feature["gen_response_start"] for feature in features])
+        if features[0]["teacher_input_ids"] is not None:
+            pad = self.pad_token_id if self.teacher_pad_token_id is None else self.teacher_pad_token_id
+            ids, mask = _pad([feature["teacher_input_ids"] for feature in features], pad)
+            batch["teacher_input_ids"], batch["teacher_attention_mask"] = ids, mask
+            batch["teacher_mask"] = _response_mask(mask, [feature["teacher_response_start"] for feature in features])
+        for name in NUMBERS:
+            values = [feature[name] for feature in features]
+            if None not in values:
+                batch[name] = torch.tensor(values, dtype=torch.float32)
+        batch["pair_index"] = torch.tensor([feature["pair_index"] for feature in features])
+        batch["labels"] = torch.ones(len(features), dtype=torch.long)
+        return batch
+
+
+def _pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of different lengths -> input_ids and attention_mask, both (rows, longest) long."""
+    ids = torch.full((len(rows), max(map(len, rows))), pad_token_id)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.as_tensor(row)
+        mask[i, : len(row)] = 1
+    return ids, mask
+
+
+def _response_mask(attention_mask: torch.Tensor, starts: Sequence[int]) -> torch.Tensor:
+    """(rows, L) bool: from each row's start to its last real token."""
+    positions = torch.arange(attention_mask.shape[1])
+    return (positions >= torch.tensor(starts)[:, None]) & attention_mask.bool()
