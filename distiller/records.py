@@ -239,12 +239,12 @@ def _array(text: bytes) -> list | None:
 
 
 def _hub_lines(source: str) -> Iterator[tuple[int, bytes]]:
-    path = Path(source)
-    if not path.is_dir() and (path.suffix in (".jsonl", ".json") or path.is_absolute() or source.startswith(".")):
+    name, _, split = (source, "", "") if Path(source).is_dir() else source.partition(":")
+    path = Path(name)
+    if not path.is_dir() and (path.suffix in (".jsonl", ".json") or path.is_absolute() or name.startswith(".")):
         raise InputError(f"{source} does not exist")
     import datasets  # takes a second, and only hub data needs it
 
-    name, _, split = source.partition(":")
     try:
         rows = datasets.load_dataset(name, split=split or "train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as fault:

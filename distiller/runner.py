@@ -133,8 +133,7 @@ class Summary:
             lines += [f"  {kind}: {count} x {reason}" for reason, count in reasons.most_common(10)]
         if self.exit_code:
             lines.append(
-                f"{self.failure_rate:.1%} of the rows failed, more than --max_failure_rate {self.max_failure_rate:.1%};
-                " "--retry_failed runs them again"
+                f"{self.failure_rate:.1%} of the rows failed, over --max_failure_rate; --retry_failed runs them again"
             )
         return "\n".join([*lines, f"finished in {_duration(self.seconds)}"])
 

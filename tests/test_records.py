@@ -1,0 +1,215 @@
+import json
+
+import pytest
+
+from distiller.records import (
+    BadRow,
+    InputError,
+    dump_line,
+    parse_columns,
+    prompt_messages,
+    read_rows,
+    response_text,
+    row_id,
+    survey,
+)
+
+PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
+
+
+def write(path, *lines):
+    """Each line a dict, a str or bytes; nothing is added but the newline."""
+    data = [
+        line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+        for line in lines
+    ]
+    path.write_bytes(b"".join(line + b"\n" for line in data))
+    return path
+
+
+def good_and_bad(path, **options):
+    rows = list(read_rows(path, **options))
+    return [r for r in rows if not isinstance(r, BadRow)], [r for r in rows if isinstance(r, BadRow)]
+
+
+def test_unknown_fields_travel_untouched_and_an_id_is_kept(tmp_path):
+    row = {"id": "a", **PAIR, "extra": {"x": [1, None, "é\u2028"]}, "big": 12345678901234567890, "f": 0.1}
+    assert list(read_rows(write(tmp_path / "f.jsonl", row))) == [row]
+
+
+def test_a_row_without_id_gets_one_from_its_content_alone(tmp_path):
+    (first,) = read_rows(write(tmp_path / "f.jsonl", {**PAIR, "note": 1}))
+    (second,) = read_rows(write(tmp_path / "g.jsonl", {"note": 2, **dict(reversed(PAIR.items()))}))
+    assert first["id"] == second["id"] == row_id(PAIR)
+    assert len(first["id"]) == 16
+    assert row_id({**PAIR, "model": "m"}) != first["id"]
+
+
+def test_an_int_id_becomes_its_string_and_other_ids_are_bad(tmp_path):
+    lines = [{"id": 7, **PAIR}, {"id": "", **PAIR}, {"id": 1.5, **PAIR}, {"id": True, **PAIR}]
+    good, bad = good_and_bad(write(tmp_path / "f.jsonl", *lines))
+    assert [row["id"] for row in good] == ["7"]
+    assert [row.id for row in bad] == ["line-2", "line-3", "line-4"]
+    assert all("`id`" in row.reason for row in bad)
+
+
+def test_each_bad_line_harms_only_itself_and_says_where_and_why(tmp_path):
+    path = write(
+        tmp_path / "f.jsonl",
+        {"id": "ok", **PAIR, "rejected_score": 3},
+        "{broken",
+        b'{"prompt": "\xff"}',
+        "[1, 2]",
+        '{"id": "nan", "prompt": "p", "rejected": "r", "rejected_score": NaN}',
+        '{"id": "inf", "prompt": "p", "rejected": "r", "rejected_score": 1e999}',
+        {"id": "missing", "prompt": "p"},
+        {"id": "null", "prompt": "p", "rejected": None},
+        {"id": "empty", "prompt": "p", "rejected": " \n"},
+        {"id": "type", "prompt": "p", "rejected": 3},
+        {"id": "score", "prompt": "p", "rejected": "r", "rejected_score": "8"},
+        {"id": "bool", "prompt": "p", "rejected": "r", "rejected_score": True},
+        {"id": "surrogate", "prompt": "p", "rejected": "r \ud800"},
+        "[" * 100_000,
+        {"id": "last", **PAIR},
+    )
+    good, bad = good_and_bad(path, required={"prompt": "", "rejected": "python make.py"}, optional=("rejected_score",))
+    assert [row["id"] for row in good] == ["ok", "last"]
+    said = {row.id: row.reason for row in bad}
+    assert said["line-2"] == "not valid JSON"
+    assert said["line-3"] == "not valid UTF-8"
+    assert said["line-4"] == "not a JSON object"
+    assert said["line-5"] == said["line-6"] == "a number is NaN or infinite"
+    assert said["missing"] == said["null"] == "field `rejected` is missing"
+    assert said["empty"] == "field `rejected` is empty"
+    assert "list of messages, not int" in said["type"]
+    assert said["score"] == "field `rejected_score` must be a number, not str"
+    assert said["bool"] == "field `rejected_score` must be a number, not bool"
+    assert "surrogate" in said["surrogate"]
+    assert said["line-14"] == "not valid JSON"
+    assert len(bad) == 13
+    missing = next(row for row in bad if row.id == "missing")
+    assert f"{path}, line 7: field `rejected` is missing" in str(missing)
+    assert "python make.py" in str(missing)
+    assert json.loads(missing.raw)["id"] == "missing"
+
+
+def test_of_two_rows_with_one_id_the_first_keeps_it(tmp_path):
+    lines = [{"id": "a", **PAIR}, {"id": "a", **PAIR, "chosen": "other"}, {"id": "a", **PAIR}, {"id": "a#2", **PAIR}]
+    good, bad = good_and_bad(write(tmp_path / "f.jsonl", *lines))
+    assert [(row["id"], row["chosen"]) for row in good] == [("a", "c")]
+    assert [row.id for row in bad] == ["a#2", "a#3", "a#2#4"]
+
+
+def test_the_same_content_twice_without_id_is_a_duplicate(tmp_path):
+    good, bad = good_and_bad(write(tmp_path / "f.jsonl", PAIR, PAIR))
+    assert (len(good), [row.line for row in bad]) == (1, [2])
+
+
+def test_byte_order_mark_crlf_and_blank_lines_are_no_trouble(tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n   \n{"prompt": "b"}\r\n{"prompt": "c"}')
+    assert [row["prompt"] for row in read_rows(path)] == ["a", "b", "c"]
+    assert survey(path)[0] == 3
+
+
+def test_a_line_is_counted_as_an_editor_counts_it(tmp_path):
+    path = write(tmp_path / "f.jsonl", {"prompt": "with \u2028 inside"}, "", "{", PAIR)
+    _, (bad,) = good_and_bad(path)
+    assert bad.line == 3
+
+
+def test_a_json_array_is_read_like_lines(tmp_path):
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps([PAIR, 3, {**PAIR, "chosen": float("nan")}], indent=1))
+    good, bad = good_and_bad(path)
+    assert [row["chosen"] for row in good] == ["c"]
+    assert [(row.line, row.reason) for row in bad] == [(2, "not a JSON object"), (3, "a number is NaN or infinite")]
+
+
+def test_a_file_that_does_not_fit_at_all_is_refused_as_a_whole(tmp_path):
+    path = write(tmp_path / "f.jsonl", *({"id": str(n), "prompt": "p"} for n in range(5)))
+    with pytest.raises(InputError, match=r"line 1: field `rejected` is missing; to get it, run: python refine\.py"):
+        list(read_rows(path, required={"rejected": "python refine.py"}))
+    with pytest.raises(InputError, match="no rows"):
+        list(read_rows(write(tmp_path / "empty.jsonl")))
+    with pytest.raises(InputError, match=r"nowhere\.jsonl does not exist"):
+        list(read_rows(tmp_path / "nowhere.jsonl"))
+
+
+def test_strict_reading_raises_at_the_first_bad_row(tmp_path):
+    path = write(tmp_path / "f.jsonl", PAIR, "{", PAIR)
+    with pytest.raises(InputError, match="line 2: not valid JSON"):
+        list(read_rows(path, strict=True))
+
+
+def test_limit_takes_the_first_rows(tmp_path):
+    path = write(tmp_path / "f.jsonl", *({**PAIR, "id": str(n)} for n in range(9)))
+    assert [row["id"] for row in read_rows(path, limit=3)] == ["0", "1", "2"]
+
+
+def test_columns_are_renamed_at_once_and_a_missing_one_is_named(tmp_path):
+    path = write(
+        tmp_path / "f.jsonl", {"id": "a", "instruction": "i", "chosen": "x", "rejected": "y"}, {**PAIR, "id": "b"}
+    )
+    columns = parse_columns("prompt=instruction, chosen=rejected,rejected=chosen")
+    (row, other) = read_rows(path, columns)
+    assert row == {"id": "a", "prompt": "i", "chosen": "y", "rejected": "x"}
+    assert other["prompt"] == "p"
+    _, (bad,) = good_and_bad(path, columns={"response": "instruction"}, required={"response": ""})
+    assert bad.reason == "field `response` (column `instruction`) is missing"
+    with pytest.raises(InputError, match="ours=theirs"):
+        parse_columns("prompt")
+
+
+def test_an_implicit_prompt_is_the_longest_common_beginning(tmp_path):
+    talk = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "v"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("good", "bad")]
+    (row,) = read_rows(write(tmp_path / "f.jsonl", {"chosen": talk + answers[0], "rejected": talk + answers[1]}))
+    assert (row["prompt"], row["chosen"], row["rejected"]) == (talk, *answers)
+    (row,) = read_rows(write(tmp_path / "g.jsonl", {"chosen": talk + answers[0], "rejected": talk + answers[0]}))
+    assert (row["prompt"], row["chosen"]) == (talk, answers[0])
+    lines = [
+        {"prompt": "u", "chosen": talk[:2], "rejected": talk[:2]},
+        {"chosen": talk + answers[0], "rejected": talk[1:]},
+    ]
+    (row,), (bad,) = good_and_bad(write(tmp_path / "h.jsonl", *lines))
+    assert (row["prompt"], row["chosen"]) == ("u", talk[1:2])
+    assert "in common" in bad.reason
+
+
+def test_prompts_and_responses_are_taken_in_both_forms():
+    assert prompt_messages("hi") == [{"role": "user", "content": "hi"}]
+    talk = [{"role": "system", "content": "", "name": "n"}, {"role": "user", "content": "u"}]
+    assert prompt_messages(talk) == [{"role": "system", "content": ""}, {"role": "user", "content": "u"}]
+    assert response_text([{"role": "assistant", "content": "a"}]) == "a"
+    wrong = (
+        None,
+        [],
+        "",
+        [{"role": "user"}],
+        [{"role": "robot", "content": "x"}],
+        [{"role": "assistant", "content": "x"}],
+    )
+    for prompt in wrong:
+        with pytest.raises(InputError):
+            prompt_messages(prompt)
+    for response in (None, [], " ", 3, [{"role": "user", "content": "x"}], [{"role": "assistant", "content": ""}]):
+        with pytest.raises(InputError):
+            response_text(response)
+
+
+def test_a_written_line_is_json_and_utf8_or_is_refused():
+    assert dump_line({"a": "é"}) == '{"a": "é"}\n'.encode()
+    assert json.loads(dump_line({"a": "\ud800\n"})) == {"a": "\ud800\n"}
+    with pytest.raises(ValueError, match="JSON"):
+        dump_line({"a": float("nan")})
+
+
+def test_what_is_no_file_is_read_by_the_datasets_library(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "test.jsonl", {**PAIR, "id": "x"}, {**PAIR, "id": "y"})
+    assert [row["id"] for row in read_rows(f"{folder}:test")] == ["x", "y"]
+    with pytest.raises(InputError, match="hub does not give it"):
+        list(read_rows(f"{folder}:nosplit"))
