@@ -1,0 +1,1 @@
+"""Stage 1: generate responses; diagnose rejected ones and edit them minimally."""

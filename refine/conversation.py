@@ -1,0 +1,197 @@
+"""The refinement conversation: how the teacher is asked, how its reply is read, and which edits are worth keeping.
+
+Pure functions, no engine and no files. The teacher replies in two tagged blocks, `<diagnosis>..</diagnosis>` and then
+`<refined>..</refined>`, and both may themselves contain these tags: a response about XML, a response that tries to end
+the block early, a diagnosis that quotes either. `parse_refinement` therefore looks for the outermost blocks; its
+docstring has the rules.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from difflib import SequenceMatcher
+from itertools import pairwise
+from pathlib import Path
+
+from distiller.engine import Completion
+from distiller.records import prompt_messages, response_text
+from distiller.runner import ParseError
+from distiller.templates import PromptTemplate, conversation_text
+
+REFINE_PROMPT = os.path.relpath(Path(__file__).parent / "prompts/refine.txt")
+REFINE_VARIABLES = ("prompt", "rejected", "teacher_response")
+
+TAGS = ("<diagnosis>", "</diagnosis>", "<refined>", "</refined>")
+_TAG = re.compile("|".join(TAGS))
+_ANY_CASE_TAG = re.compile(r"< {0,2}/? {0,2}(?:diagnosis|refined) {0,2}/?>", re.IGNORECASE)
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u3400-\u9fff\uf900-\ufaff\uff01-\uffef\U00020000-\U0003ffff"
+)
+_WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
+_OPENERS = {"</diagnosis>": "<diagnosis>", "</refined>": "<refined>"}
+
+DIFFLIB_LIMIT = 500_000
+"""Most pairs of equal words that difflib is given: about 5,000 words of prose (0.1 s), or one second of the most
+repetitive text."""
+
+
+def refine_messages(template: PromptTemplate, row: dict, teacher_response: str) -> list[dict]:
+    """The conversation that asks for a refinement; `score/` continues it. Raises PromptError."""
+    text = template.render(
+        prompt=conversation_text(prompt_messages(row["prompt"])),
+        rejected=response_text(row["rejected"]),
+        teacher_response=teacher_response,
+    )
+    return [{"role": "user", "content": text}]
+
+
+def render_reply(diagnosis: str, refined: str) -> str:
+    """The teacher's reply rebuilt from a record: the inverse of `parse_refinement`."""
+    return f"<diagnosis>{_pad(diagnosis)}</diagnosis>\n<refined>{_pad(refined)}</refined>"
+
+
+def _pad(text: str) -> str:
+    """Shield a newline at either end from `_unpad`."""
+    return ("\n" if text.startswith(("\n", "\r\n")) else "") + text + ("\n" if text.endswith("\n") else "")
+
+
+def _unpad(text: str) -> str:
+    """Take off the one line break by which a tag may stand on a line of its own; everything else is content."""
+    text = text.removeprefix("\r\n") if text.startswith("\r\n") else text.removeprefix("\n")
+    return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
+
+
+def parse_refinement(reply: str) -> tuple[str, str]:
+    """(diagnosis, refined response) of a reply, each verbatim but for one line break at either end.
+
+    The rules, for replies whose blocks contain the tags themselves:
+
+    1. The diagnosis opens at the first `<diagnosis>`, the refined response closes at the last `</refined>`. What
+       stands before and after is ignored.
+    2. Between them lies the boundary: a `</diagnosis>` whose next tag is `<refined>`. Where there is only one, that is
+       it, and either block may hold any other tags, closed or not.
+    3. Where there are several (a block quotes the whole format), the first one that leaves both blocks well nested is
+       meant; at most one reading of a reply can be. So a response that holds
+       `<diagnosis>a</diagnosis><refined>b</refined>` comes back whole.
+    4. If none does, the only boundary with nothing but white space in it is taken. If there is no such one or more
+       than one, the reply is ambiguous: better asked again than guessed.
+
+    Raises ParseError: a tag is missing, the reply is ambiguous, or a block is empty.
+    """
+    tags = list(_TAG.finditer(reply))
+    start = next((tag.end() for tag in tags if tag[0] == "<diagnosis>"), None)
+    if start is None:
+        raise ParseError("no <diagnosis> in the reply")
+    end = next((tag.start() for tag in reversed(tags) if tag[0] == "</refined>"), None)
+    if end is None:
+        raise ParseError("no </refined> in the reply")
+    inner = [tag for tag in tags if tag.start() >= start and tag.end() <= end]
+    boundaries = [
+        (left, right) for left, right in pairwise(inner) if left[0] == "</diagnosis>" and right[0] == "<refined>"
+    ]
+    if not boundaries:
+        raise ParseError("no </diagnosis> followed by <refined> between <diagnosis> and </refined>")
+    left, right = _pick_boundary(reply, start, end, boundaries)
+    diagnosis, refined = _unpad(reply[start : left.start()]), _unpad(reply[right.end() : end])
+    if not diagnosis.strip():
+        raise ParseError("the diagnosis is empty")
+    if not refined.strip():
+        raise ParseError("the refined response is empty")
+    return diagnosis, refined
+
+
+def read_refinement(reply: Completion) -> tuple[str, str] | None:
+    """`parse_refinement`, or None for a reply that max_tokens cut. Raises ParseError."""
+    return None if reply.finish_reason == "length" else parse_refinement(reply.text)
+
+
+def read_answer(reply: Completion) -> str | None:
+    """The teacher's own answer, verbatim; None for one that max_tokens cut. Raises ParseError for an empty one."""
+    if reply.finish_reason == "length":
+        return None
+    if not reply.text.strip():
+        raise ParseError("the response is empty")
+    return reply.text
+
+
+def _pick_boundary(reply: str, start: int, end: int, boundaries: list[tuple[re.Match, re.Match]]):
+    """Rules 2 to 4 of `parse_refinement`."""
+    if len(boundaries) == 1:
+        return boundaries[0]
+    for left, right in boundaries:
+        if _well_nested(reply[start : left.start()]) and _well_nested(reply[right.end() : end]):
+            return left, right
+    bare = [(left, right) for left, right in boundaries if not reply[left.end() : right.start()].strip()]
+    if len(bare) == 1:
+        return bare[0]
+    raise ParseError(f"ambiguous reply: {len(boundaries)} places where </diagnosis> is followed by <refined>")
+
+
+def _well_nested(text: str) -> bool:
+    """Whether every tag in the text is closed, and in the right order."""
+    open_tags: list[str] = []
+    for tag in _TAG.findall(text):
+        if tag not in _OPENERS:
+            open_tags.append(tag)
+        elif not open_tags or open_tags.pop() != _OPENERS[tag]:
+            return False
+    return not open_tags
+
+
+# ------------------------------------------------------------------------------------------------------------- judging
+
+
+def edit_similarity(before: str, after: str) -> float:
+    """How much of a text survived an edit, in [0, 1]: difflib's ratio 2M/T, where M of the T words of both texts
+    match.
+
+    Words are what white space separates; in scripts that write none between words (Chinese, Japanese, Thai, ...) each
+    character is one. White space itself is not compared. difflib is cubic on text that repeats itself (2,000 words in
+    a loop took 15 s), so over `DIFFLIB_LIMIT` pairs of equal words M is the longest common subsequence instead, which
+    is never less and takes milliseconds.
+    """
+    words, others = _WORD.findall(before), _WORD.findall(after)
+    if not words and not others:
+        return 1.0
+    counts, other_counts = Counter(words), Counter(others)
+    if sum(count * other_counts[word] for word, count in counts.items()) <= DIFFLIB_LIMIT:
+        return SequenceMatcher(None, words, others, autojunk=False).ratio()
+    return 2 * _common_subsequence(words, others) / (len(words) + len(others))
+
+
+def _common_subsequence(words: list[str], others: list[str]) -> int:
+    """Length of the longest common subsequence, a row of the table held in the bits of one integer (Hyyrö 2004)."""
+    places: dict[str, int] = {}
+    for position, word in enumerate(words):
+        places[word] = places.get(word, 0) | 1 << position
+    full = (1 << len(words)) - 1
+    row = full  # a 0 bit where the table steps up by one
+    for word in others:
+        matched = row & places.get(word, 0)
+        row = ((row + matched) | (row - matched)) & full
+    return len(words) - row.bit_count()
+
+
+def foreign_tags(refined: str, rejected: str) -> list[str]:
+    """Tags of the reply form that stand in the refined response more often than in the rejected one: left-overs of the
+    form."""
+    surplus = Counter(_ANY_CASE_TAG.findall(refined)) - Counter(_ANY_CASE_TAG.findall(rejected))
+    return sorted(surplus)
+
+
+def useless_because(
+    rejected: str, refined: str, teacher_response: str, similarity: float, min_edit_similarity: float
+) -> str | None:
+    """Why a well-formed refinement teaches nothing; None when it is worth keeping. White space at the ends is not a
+    difference."""
+    if refined.strip() == rejected.strip():
+        return "refined equals rejected"
+    if refined.strip() == teacher_response.strip():
+        return "refined equals teacher_response"
+    if foreign_tags(refined, rejected):
+        return "tags left in the refined response"
+    if similarity < min_edit_similarity:
+        return "edit_similarity under min_edit_similarity"
+    return None

@@ -1,0 +1,122 @@
+"""Stage 1: diagnose the rejected response of a pair and edit it as little as possible.
+
+Reads preference pairs (`prompt`, `chosen`, `rejected`; a `teacher_response` where there is one) and writes them with
+
+    teacher_response   the teacher's own answer y_T, asked for first where it is missing
+    diagnosis          why the rejected response is worse than y_T, and what mends it
+    refined_response   the rejected response with these changes and no others
+    edit_similarity    share of words that stayed, in [0, 1]
+
+Every row ends in one of three files: <output>; <output>.filtered.jsonl when the edit teaches nothing (it equals the
+rejected response or y_T, kept too little of the text, has tags of the reply left in it, or max_tokens cut it);
+<output>.failed.jsonl when no reply could be used. The same command goes on after an interruption. The next stage is
+`python score/cali_score_vllm.py`.
+
+    # the embedded world with its tiny teacher, on any CPU
+    python refine/refine_response_vllm.py
+
+    # the paper's setting on one GPU: Qwen3-14B and data/pairs.jsonl
+    python refine/refine_response_vllm.py --config refine/configs/paper.yaml
+
+    # a server instead (key from OPENAI_API_KEY)
+    python refine/refine_response_vllm.py --config refine/configs/paper.yaml --base_url http://localhost:8000/v1
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from distiller.cli import StageArguments, flag, parse_stage_args, run
+from distiller.records import InputError, prompt_messages, response_text
+from distiller.runner import Done, Failed, Filtered, RowWork, Work, ask_until
+from distiller.templates import load_prompt
+from refine.conversation import (
+    REFINE_PROMPT,
+    REFINE_VARIABLES,
+    edit_similarity,
+    read_answer,
+    read_refinement,
+    refine_messages,
+    useless_because,
+)
+
+ANSWER, REFINE = 0, 1
+"""Numbers of a row's asks."""
+
+
+@dataclass
+class RefineArguments(StageArguments):
+    """Arguments of the refinement stage."""
+
+    prompt_file: str | None = flag(
+        REFINE_PROMPT, "Jinja2 file with the refinement prompt; knows prompt, rejected, teacher_response"
+    )
+    min_edit_similarity: float = flag(0.2, "filter edits that kept a smaller share of the words; 0 keeps all")
+
+    def validate(self) -> None:
+        super().validate()
+        if not 0 <= self.min_edit_similarity <= 1:
+            raise InputError(f"--min_edit_similarity {self.min_edit_similarity} is out of range (from 0 to 1)")
+
+
+def make_work(args: RefineArguments) -> Work:
+    """The stage's work on one row. Raises PromptError."""
+    template = load_prompt(args.prompt_file, REFINE_VARIABLES)
+
+    def work(row: dict) -> RowWork:
+        asking = {"seed": args.seed, "row_id": row["id"], "max_tries": args.max_tries}
+        rejected = response_text(row["rejected"])
+        if row.get("teacher_response") is None:
+            answer = yield from ask_until(prompt_messages(row["prompt"]), read_answer, number=ANSWER, **asking)
+            if isinstance(answer, Failed):
+                return Failed(f"teacher_response: {answer.reason}", answer.raw)
+            if answer is None:
+                return Filtered(row, "teacher_response cut by max_tokens")
+        else:
+            answer = response_text(row["teacher_response"])
+        row = {**row, "teacher_response": answer}
+        if answer.strip() == rejected.strip():
+            return Filtered(row, "rejected equals teacher_response")
+
+        messages = refine_messages(template, row, answer)
+        refinement = yield from ask_until(messages, read_refinement, number=REFINE, **asking)
+        if isinstance(refinement, Failed):
+            return refinement
+        if refinement is None:
+            return Filtered(row, "refinement cut by max_tokens")
+        diagnosis, refined = refinement
+        similarity = edit_similarity(rejected, refined)
+        row |= {"diagnosis": diagnosis, "refined_response": refined, "edit_similarity": similarity}
+        reason = useless_because(rejected, refined, answer, similarity, args.min_edit_similarity)
+        return Filtered(row, reason) if reason else Done(row)
+
+    return work
+
+
+def preview(args: RefineArguments, row: dict) -> list[list[dict]]:
+    """All conversations of a row, for --dry_run; the rejected response stands in for a teacher_response not known
+    yet."""
+    template = load_prompt(args.prompt_file, REFINE_VARIABLES)
+    if row.get("teacher_response") is not None:
+        return [refine_messages(template, row, response_text(row["teacher_response"]))]
+    stand_in = response_text(row["rejected"])
+    return [prompt_messages(row["prompt"]), refine_messages(template, row, stand_in)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_stage_args(RefineArguments, Path(__file__).parent / "configs/example.yaml", __doc__, argv)
+    return run(
+        args,
+        make_work,
+        stage="refine",
+        required={"prompt": "", "chosen": "", "rejected": ""},
+        optional=("teacher_response",),
+        preview=partial(preview, args),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Stage 2: preference strength of original pairs; self-calibrated score of refined ones; margins and ties."""
