@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from jinja2 import TemplateError
+
 from distiller.arguments import StageArguments, flag, parse_stage_args
 from distiller.dry_run import Preview, dry_run, first_ask
 from distiller.engine import EngineDead, TeacherEngine
@@ -183,9 +185,12 @@ def token_counter(args: StageArguments) -> tuple[Callable[[list[dict]], int], st
         ), "at 4 characters a token: no tokenizer here"
 
     def count(messages: list[dict]) -> int:
-        tokens = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, **args.template_kwargs
-        )
+        try:
+            tokens = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, **args.template_kwargs
+            )
+        except TemplateError as fault:
+            raise InputError(f"the chat template of {args.model} refuses a conversation: {fault}") from fault
         return len(tokens["input_ids"])
 
     return count, "by the teacher's own tokenizer"

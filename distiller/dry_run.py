@@ -21,10 +21,7 @@ def first_ask(work: Callable[[dict], Iterable[Ask]]) -> Preview:
     """The preview of a stage that offers no other: the first conversation of a row, found by starting its work."""
 
     def preview(row: dict) -> list[list[dict]]:
-        try:
-            ask = next(iter(work(row)), None)
-        except InputError:
-            return []
+        ask = next(iter(work(row)), None)
         return [ask.messages] if ask else []
 
     return preview
@@ -53,20 +50,27 @@ def dry_run(
             sample.append(row)
         elif (place := draw.randrange(good)) < SAMPLE:
             sample[place] = row
-    previews = [preview(row) for row in sample]
-    asks = total_with_interval([len(conversations) for conversations in previews], good)
-    prompts = [sum(count_tokens(conversation) for conversation in conversations) for conversations in previews]
-    tokens = total_with_interval(prompts, good)
+    tokens_by_row = [[count_tokens(conversation) for conversation in _conversations(row, preview)] for row in sample]
+    asks = total_with_interval([len(tokens) for tokens in tokens_by_row], good)
+    prompt_tokens = total_with_interval([sum(tokens) for tokens in tokens_by_row], good)
     for row in shown:
-        for number, conversation in enumerate(preview(row), 1):
+        for number, conversation in enumerate(_conversations(row, preview), 1):
             print(f"--- row {row['id']}, ask {number}")
             for message in conversation:
                 print(f"[{message['role']}]\n{message['content']}")
     print("---")
     print(f"rows: {good + bad} ({good} to run, {bad} that cannot be used)")
     print(f"asks: {_said(asks)}, when every reply can be parsed at the first try")
-    print(f"prompt tokens: {_said(tokens)}, from {len(sample)} rows, {how}")
+    print(f"prompt tokens: {_said(prompt_tokens)}, from {len(sample)} rows, {how}")
     print(f"completion tokens: at most {asks[0] * max_tokens:,.0f} (max_tokens {max_tokens} each)")
+
+
+def _conversations(row: dict, preview: Preview) -> list[list[dict]]:
+    """None where the row's content is refused, as it will be when the stage runs."""
+    try:
+        return preview(row)
+    except InputError:
+        return []
 
 
 def total_with_interval(sample: list[int], population: int) -> tuple[float, float]:

@@ -285,31 +285,32 @@ def _rename(row: dict, columns: Mapping[str, str]) -> None:
 
 
 def _split_conversations(row: dict) -> None:
-    """Turn whole conversations in `chosen` / `rejected` into `prompt` and one assistant message each, in place."""
-    whole = {name: _messages(row[name]) for name in ("chosen", "rejected") if _has_prompt(row.get(name))}
-    if not whole:
-        return
-    if row.get("prompt") is not None:
-        prefix = prompt_messages(row["prompt"])
-    else:
+    """Turn whole conversations in `chosen` / `rejected` into `prompt` and one assistant message each, in place.
+
+    Beside a `prompt` that they do not begin with they are left as they are: a stage that needs them will say so.
+    """
+    whole = {}
+    for name in ("chosen", "rejected"):
+        if isinstance(row.get(name), list) and len(row[name]) > 1:
+            try:
+                whole[name] = _messages(row[name])
+            except InputError as fault:
+                raise InputError(f"field `{name}` {fault}") from fault
+    if row.get("prompt") is None and whole:
         first, *others = whole.values()
-        size = len(first) - 1
+        size = min(len(messages) for messages in whole.values()) - 1
         for other in others:
-            size = next((i for i, pair in enumerate(zip(first, other, strict=False)) if pair[0] != pair[1]), size)
-            size = min(size, len(other) - 1)
-        prefix = first[:size]
-        if not prefix:
+            size = next((i for i in range(size) if first[i] != other[i]), size)
+        if not size:
             raise InputError("`chosen` and `rejected` have no prompt in common")
+        row["prompt"] = first[:size]
+    try:
+        prompt = prompt_messages(row["prompt"]) if whole else []
+    except InputError as fault:
+        raise InputError(f"field `prompt` {fault}") from fault
     for name, messages in whole.items():
-        if messages[: len(prefix)] != prefix or len(messages) != len(prefix) + 1:
-            raise InputError(f"`{name}` is not the prompt and one assistant message more")
-        row[name] = messages[-1:]
-    row.setdefault("prompt", prefix)
-    row["prompt"] = row["prompt"] or prefix
-
-
-def _has_prompt(value: object) -> bool:
-    return isinstance(value, list) and len(value) > 1
+        if messages[:-1] == prompt:
+            row[name] = messages[-1:]
 
 
 def _own_id(row: dict | None, number: int) -> tuple[str, str]:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from distiller.engine import Ask, AskError, Completion, TeacherEngine
+from distiller.engine import Ask, AskError, Completion, EngineDead, TeacherEngine
 from distiller.manifest import Manifest
 from distiller.records import BadRow, InputError
 from distiller.store import Store
@@ -206,7 +206,10 @@ def _drive(
             _advance(key, None, flying, engine, store)
             key, row = key + 1, next(pending, None)
         if flying:
-            for finished, reply in engine.collect():
+            replies = engine.collect()
+            if not replies:
+                raise EngineDead(f"the engine lost {len(flying)} asks that were in flight")
+            for finished, reply in replies:
                 _advance(finished, reply, flying, engine, store)
         progress.tell()
 

@@ -172,9 +172,15 @@ def test_an_implicit_prompt_is_the_longest_common_beginning(tmp_path):
         {"prompt": "u", "chosen": talk[:2], "rejected": talk[:2]},
         {"chosen": talk + answers[0], "rejected": talk[1:]},
     ]
-    (row,), (bad,) = good_and_bad(write(tmp_path / "h.jsonl", *lines))
+    lines += [{"prompt": "other", "chosen": talk[:2], "rejected": "r"}, {"chosen": [{}, {}], "rejected": "r"}]
+    lines += [{"chosen": talk + answers[0], "rejected": talk[:2]}]
+    path = write(tmp_path / "h.jsonl", *lines)
+    (row,), (apart, other, broken, uneven) = good_and_bad(path, optional=("chosen", "rejected"))
     assert (row["prompt"], row["chosen"]) == ("u", talk[1:2])
-    assert "in common" in bad.reason
+    assert "in common" in apart.reason
+    assert other.reason == uneven.reason == "field `chosen` must be one assistant message"
+    assert broken.reason.startswith("field `chosen` has a message without a role")
+    assert {**lines[2], "id": other.id} in list(read_rows(path))  # untouched for who does not need it
 
 
 def test_prompts_and_responses_are_taken_in_both_forms():

@@ -281,6 +281,15 @@ def test_a_dead_engine_ends_the_run_and_a_rerun_finishes_it(tmp_path):
     assert files_of(tmp_path / "o.jsonl") == files_of(tmp_path / "whole.jsonl")
 
 
+def test_an_engine_that_loses_an_ask_does_not_hang_the_run(tmp_path):
+    class Forgetful(ScriptedEngine):
+        def collect(self):
+            return []
+
+    with pytest.raises(EngineDead, match="lost 3 asks"):
+        stage(tmp_path / "o.jsonl", make_rows(3), Forgetful())
+
+
 def test_the_seed_of_an_ask_depends_on_run_row_ask_and_try_alone():
     seeds = {ask_seed(s, i, n, t) for s in (0, 1) for i in ("a", "b", "a 1") for n in (0, 1) for t in (0, 1)}
     assert len(seeds) == 24 and all(0 <= seed < 2**31 for seed in seeds)
