@@ -93,3 +93,49 @@ def pair_rows(count: int, seed: int = 0) -> list[dict]:
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def make_trainer(
+    student_path: Path, output_dir: Path, rows: list[dict], teacher_path: Path | None = None, **arguments
+):
+    """A `DistilTrainer` on the CPU as `run_reward_train.py` would build it; `eval_rows` and `callbacks` are taken out of `arguments`."""
+    from transformers import set_seed
+
+    from RewardTrainer.train.arguments import DistilConfig
+    from RewardTrainer.train.checkpoint import load_student, load_tokenizer
+    from RewardTrainer.train.data import PairCollator, encode_pairs
+    from RewardTrainer.train.losses import check_weights
+    from RewardTrainer.train.student import LiveTeacher
+    from RewardTrainer.train.trainer import DistilTrainer, generative_field
+    from RewardTrainer.train.vocabulary import match_vocabularies
+
+    eval_rows, callbacks = arguments.pop("eval_rows", None), arguments.pop("callbacks", None)
+    args = DistilConfig(
+        output_dir=str(output_dir),
+        **({"disable_tqdm": True, "save_strategy": "no", "per_device_train_batch_size": 4, "seed": 3} | arguments),
+    )
+    set_seed(args.seed)
+    sft_weight, kl_weight = check_weights(args.loss_type, args.sft_weight, args.kl_weight, args.margin_scale)
+    generative = generative_field(args.loss_type, sft_weight, kl_weight)
+    tokenizer = load_tokenizer(str(student_path))
+    teacher = shared = teacher_tokenizer = None
+    if kl_weight and teacher_path is not None:
+        teacher_tokenizer = load_tokenizer(str(teacher_path))
+        teacher = LiveTeacher.load(str(teacher_path), args.device, dtype=torch.float32)
+        student_size = Qwen2Config.from_pretrained(student_path).vocab_size
+        shared = match_vocabularies(tokenizer, teacher_tokenizer, student_size, teacher.config.vocab_size).shared
+
+    def encode(rows: list[dict]) -> list[dict]:
+        return encode_pairs(rows, tokenizer, teacher_tokenizer, generative)[0]
+
+    return DistilTrainer(
+        model=load_student(str(student_path), tokenizer, language_head=generative is not None),
+        args=args,
+        teacher=teacher,
+        shared_ids=shared,
+        train_dataset=encode(rows),
+        eval_dataset=encode(eval_rows) if eval_rows else None,
+        processing_class=tokenizer,
+        data_collator=PairCollator(tokenizer.pad_token_id),
+        callbacks=callbacks,
+    )

@@ -68,7 +68,9 @@ class DataArguments:
     max_length: int = field(default=1024, metadata={"help": "Longest token row, prompt and response together."})
     overlong: Literal["drop", "truncate_prompt", "error"] = field(
         default="drop",
-        metadata={"help": "What to do with longer rows. truncate_prompt cuts the prompt's left end, never the response."},
+        metadata={
+            "help": "What to do with longer rows. truncate_prompt cuts the prompt's left end, never the response."
+        },
     )
 
 

@@ -23,7 +23,7 @@ from accelerate.utils import DistributedType
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from distiller.records import InputError, parse_columns
-from RewardTrainer.train.arguments import DTYPES, DataArguments, DistilConfig, ModelArguments, parse
+from RewardTrainer.train.arguments import DTYPES, DistilConfig, ModelArguments, parse
 from RewardTrainer.train.checkpoint import load_student, load_tokenizer
 from RewardTrainer.train.data import PairCollator, PairFeatures, encode_pairs, load_pairs
 from RewardTrainer.train.losses import check_weights, loss_spec
@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     generative = generative_field(args.loss_type, sft_weight, kl_weight)
 
     # Vocabularies, before any weight is read
+    check_path("--model_name_or_path", model_args.model_name_or_path)
+    check_path("--teacher_model", model_args.teacher_model)
     code = {"trust_remote_code": model_args.trust_remote_code}
     student_source = {"revision": model_args.model_revision, **code}
     tokenizer = load_tokenizer(model_args.model_name_or_path, **student_source)
@@ -85,7 +87,9 @@ def main(arguments: list[str] | None = None) -> None:
     logger.info("held out: %s", describe(eval_pairs, eval_counts) if eval_pairs else "no rows")
 
     # Models
-    load_args = {} if model_args.attn_implementation is None else {"attn_implementation": model_args.attn_implementation}
+    load_args = (
+        {} if model_args.attn_implementation is None else {"attn_implementation": model_args.attn_implementation}
+    )
     student = load_student(
         model_args.model_name_or_path,
         tokenizer,
@@ -146,8 +150,19 @@ def set_up(model_args: ModelArguments, args: DistilConfig) -> None:
     for noisy in ("httpx", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     set_seed(args.seed)
+    if args.deepspeed:
+        # On a CPU, TrainingArguments starts torch.distributed alone, and ZeRO-3 would partition the student for one process.
+        import deepspeed
+
+        deepspeed.init_distributed()
     if model_args.trust_remote_code:
         logger.warning("trust_remote_code: code that comes with the models runs with your rights")
+
+
+def check_path(flag: str, path: str | None) -> None:
+    """A path that is plainly local must exist; transformers would take it for a name on the hub."""
+    if path is not None and path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise InputError(f"{flag} {path}: no such directory (current directory: {Path.cwd()})")
 
 
 def vocabulary_size(path: str, **load_args) -> int:

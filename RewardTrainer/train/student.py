@@ -107,9 +107,9 @@ class RewardStudent(nn.Module):
             self.language_head is not None and self.language_head.weight is self.backbone.get_input_embeddings().weight
         )
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Called by the Trainer for `--gradient_checkpointing`."""
-        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    def gradient_checkpointing_enable(self, **options) -> None:
+        """Called by the Trainer for `--gradient_checkpointing`; the options are those of `PreTrainedModel`."""
+        self.backbone.gradient_checkpointing_enable(**options)
 
     def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(rows, L) -> (rows, L, H), after the final norm."""
