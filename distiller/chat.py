@@ -1,7 +1,8 @@
-"""What every teacher engine does to a conversation on its way in and to a reply on its way out. Pure functions, no model.
+"""What every teacher engine does to a conversation on its way in and to a reply on its way out. Pure, no model.
 
-Thinking is told from the answer by position, never by a search through the whole reply: an answer may quote `</think>` (the
-response being refined can contain anything), so that a tag counts only where a chat template or a model puts it.
+Thinking is told from the answer by position, never by a search through the whole reply: an answer may quote
+`</think>` (the response being refined can contain anything), so that a tag counts only where a chat template or a
+model puts it.
 """
 
 from __future__ import annotations
@@ -43,9 +44,10 @@ def check_messages(messages: list[dict]) -> None:
 def split_thinking(reply: str, opened: bool | None = False) -> tuple[str, str | None]:
     """Split a raw reply into (answer, thinking); thinking is None where the reply holds none.
 
-    `opened` says whether the prompt itself ended with `<think>` (some templates do that, and the reply then starts inside
-    the thinking): True, False, or None where the prompt is unknown, as behind a server. With None a reply without `<think>`
-    has thinking only if `</think>` stands alone on a line, the way models write it and prose hardly ever does.
+    `opened` says whether the prompt itself ended with `<think>` (some templates do that, and the reply then starts
+    inside the thinking): True, False, or None where the prompt is unknown, as behind a server. With None a reply
+    without `<think>` has thinking only if `</think>` stands alone on a line, the way models write it and prose hardly
+    ever does.
 
     A reply cut inside its thinking has an empty answer. A reply without thinking is returned unchanged.
     """

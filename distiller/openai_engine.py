@@ -1,9 +1,10 @@
 """The teacher behind an OpenAI-compatible server (`--base_url`): a hosted API, or a fleet of `vllm serve`.
 
-The `openai` client runs in an event loop in a thread of its own; `submit` hands it an ask, `collect` takes what has come back.
-Retries of 408, 409, 429, 5xx, timeouts and broken connections are the client's own (exponential, Retry-After obeyed). What is
-left after them falls into two kinds, and the difference matters: an ask that failed is written to the failed file and left
-alone by a rerun; a server that failed must end the command with nothing written, so that a rerun picks up where it stopped.
+The `openai` client runs in an event loop in a thread of its own; `submit` hands it an ask, `collect` takes what has
+come back. Retries of 408, 409, 429, 5xx, timeouts and broken connections are the client's own (exponential,
+Retry-After obeyed). What is left after them falls into two kinds, and the difference matters: an ask that failed is
+written to the failed file and left alone by a rerun; a server that failed must end the command with nothing written,
+so that a rerun picks up where it stopped.
 """
 
 from __future__ import annotations
@@ -17,20 +18,23 @@ from concurrent.futures import Future
 from importlib import metadata
 
 import openai
-from openai.types.chat import ChatCompletion
+from openai.types import CompletionUsage
+from openai.types.chat import ChatCompletion, ChatCompletionMessage
+from openai.types.chat.chat_completion import Choice
 
 from distiller.chat import check_messages, split_thinking
 from distiller.engine import Ask, AskError, Completion, EngineDead, Sampling
 
-PROBE_SECONDS = 10.0  # how long an unreachable server gets to answer anything at all
+CONNECT_SECONDS = 5.0  # a machine that is off must be found out within a minute, all retries included
+PROBE_SECONDS = 10.0  # how long a server that failed an ask gets to answer anything at all
 
 
 class OpenAIEngine:
     """A `TeacherEngine` on an OpenAI-compatible server. The key is read from OPENAI_API_KEY ("EMPTY" without one).
 
-    base_url: with its `/v1`. max_concurrency: requests in flight at once. timeout: seconds for one try. max_retries: tries
-    after the first. chat_template_kwargs: for vLLM and SGLang servers; it and `top_k` are sent only where set, because a
-    hosted API refuses fields it does not know.
+    base_url: with its `/v1`. max_concurrency: requests in flight at once. timeout: seconds for one try. max_retries:
+    tries after the first. chat_template_kwargs: for vLLM and SGLang servers; it and `top_k` are sent only where set,
+    because a hosted API refuses fields it does not know. Raises EngineDead for a base_url that is no address.
     """
 
     def __init__(
@@ -44,6 +48,8 @@ class OpenAIEngine:
         timeout: float = 600.0,
         max_retries: int = 5,
     ) -> None:
+        if not base_url.startswith(("http://", "https://")):
+            raise EngineDead(f"--base_url {base_url!r} must start with http:// or https:// (and usually end with /v1)")
         self.model = model
         self.sampling = sampling
         self.base_url = base_url
@@ -54,20 +60,26 @@ class OpenAIEngine:
             self.extra_body["top_k"] = sampling.top_k
         if self.template_kwargs:
             self.extra_body["chat_template_kwargs"] = self.template_kwargs
-        # Hosted reasoning models refuse `max_tokens`, many local servers know nothing else: `_ask` switches on the first refusal.
+        # Hosted reasoning models refuse `max_tokens`, some local servers know no other: the first refusal switches.
         self._length_field = "max_tokens"
         self._finished: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
         self._in_flight = 0
+        self._dead: EngineDead | None = None
         self._slots = asyncio.Semaphore(max_concurrency)
         self._client = openai.AsyncOpenAI(
-            api_key=os.environ.get("OPENAI_API_KEY") or "EMPTY", base_url=base_url, timeout=timeout, max_retries=max_retries
+            api_key=os.environ.get("OPENAI_API_KEY") or "EMPTY",
+            base_url=base_url,
+            timeout=openai.Timeout(timeout, connect=CONNECT_SECONDS),
+            max_retries=max_retries,
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="openai-engine", daemon=True)
         self._thread.start()
 
     def submit(self, key: int, ask: Ask) -> None:
-        """Queue one ask; at most `max_concurrency` are sent at once, the others wait."""
+        """Queue one ask; at most `max_concurrency` are sent at once, the others wait. Raises EngineDead."""
+        if self._dead:
+            raise self._dead
         future = asyncio.run_coroutine_threadsafe(self._answer(ask), self._loop)
         self._in_flight += 1
         future.add_done_callback(lambda done: self._finished.put((key, done)))
@@ -75,10 +87,16 @@ class OpenAIEngine:
     def collect(self) -> list[tuple[int, Completion | AskError]]:
         """Wait for at least one answer, return all there are. [] where nothing is in flight. Raises EngineDead."""
         results = []
-        while self._in_flight and (not results or not self._finished.empty()):
+        # Answers that came before the server failed are returned first: they are paid for.
+        while not self._finished.empty() or (self._in_flight and not results and not self._dead):
             key, future = self._finished.get()
             self._in_flight -= 1
-            results.append((key, future.result()))
+            try:
+                results.append((key, future.result()))
+            except EngineDead as error:
+                self._dead = error
+        if self._dead and not results:
+            raise self._dead
         return results
 
     async def _answer(self, ask: Ask) -> Completion | AskError:
@@ -91,12 +109,13 @@ class OpenAIEngine:
             return refusal
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise EngineDead(
-                f"{self.base_url} refused the credentials (HTTP {error.status_code}): {error.message}. Check OPENAI_API_KEY"
+                f"{self.base_url} refused the credentials (HTTP {error.status_code}): {error.message}. "
+                "Check OPENAI_API_KEY"
             ) from error
         except openai.NotFoundError as error:
             raise EngineDead(
-                f"{self.base_url} answered HTTP 404: {error.message}. Check --base_url (it usually ends with /v1) and --model; "
-                f"{await self._served_models()}"
+                f"{self.base_url} answered HTTP 404: {error.message}. "
+                f"Check --base_url (it usually ends with /v1) and --model {self.model}; {await self._served_models()}"
             ) from error
         except openai.APIStatusError as error:
             return AskError(f"HTTP {error.status_code} from the server: {error.message}")
@@ -172,26 +191,32 @@ class OpenAIEngine:
 
 
 def _completion(response: ChatCompletion) -> Completion | AskError:
-    """The server's answer as ours. What is not there is an AskError, never an empty or invented text."""
-    if not isinstance(response, ChatCompletion):  # the client hands through a body that is no JSON object, such as a web page
+    """The server's answer as ours; token counts are 0 where the server sends none.
+
+    What is not there is an AskError, never an empty or invented text. The client validates nothing (a web page comes
+    through as a str, a field of another type as that type), so everything used is checked here.
+    """
+    if not isinstance(response, ChatCompletion):
         return AskError("the server answered with something that is no chat completion. Check --base_url")
-    if not response.choices or response.choices[0].message is None:
+    choice = response.choices[0] if isinstance(response.choices, list) and response.choices else None
+    if not isinstance(choice, Choice) or not isinstance(choice.message, ChatCompletionMessage):
         return AskError("the server's answer holds no message")
-    choice = response.choices[0]
     extra = choice.message.model_extra or {}
     thinking = extra.get("reasoning_content") or extra.get("reasoning") or None
+    refusal = f": {choice.message.refusal}" if choice.message.refusal else ""
     if choice.finish_reason not in ("stop", "length"):
-        refusal = f": {choice.message.refusal}" if choice.message.refusal else ""
         return AskError(f"the server ended the reply with finish_reason {choice.finish_reason!r}{refusal}")
     text = choice.message.content
     if text is None:
-        # A server with a reasoning parser has no content for a reply cut inside its thinking: that is an answer, an empty one.
+        # A server with a reasoning parser has no content for a reply cut inside its thinking: an empty answer.
         if not (thinking and choice.finish_reason == "length"):
-            return AskError(f"the server's message has no content{f': {choice.message.refusal}' if choice.message.refusal else ''}")
+            return AskError(f"the server's message has no content{refusal}")
         text = ""
+    if not isinstance(text, str):
+        return AskError(f"the server's message content is a {type(text).__name__}, not a text")
     if thinking is None:
         text, thinking = split_thinking(text, opened=None)
-    usage = response.usage
+    usage = response.usage if isinstance(response.usage, CompletionUsage) else None
     return Completion(
         text=text,
         reasoning=thinking,

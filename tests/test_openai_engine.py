@@ -1,0 +1,287 @@
+"""OpenAIEngine against a scripted server on loopback."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from distiller.engine import Ask, AskError, Completion, EngineDead, Sampling
+from distiller.openai_engine import OpenAIEngine
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=-1, max_tokens=16)
+
+
+def reply(content="yes", finish_reason="stop", **message) -> tuple[int, dict]:
+    """HTTP status and body of a chat completion."""
+    choice = {
+        "index": 0,
+        "finish_reason": finish_reason,
+        "message": {"role": "assistant", "content": content, **message},
+    }
+    usage = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+    body = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], "usage": usage}
+    return 200, body
+
+
+def refusal(status: int, message: str = "no") -> tuple[int, dict]:
+    return status, {"error": {"message": message, "type": "error", "param": None, "code": None}}
+
+
+class Server(ThreadingHTTPServer):
+    """Answers each chat request with `script(body)` -> (status, JSON body or raw text).
+
+    Keeps the bodies and keys it was sent and the greatest number of requests that were in it at once.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script: Callable[[dict], tuple[int, dict | str]] = lambda body: reply()
+        self.bodies: list[dict] = []
+        self.keys: set[str] = set()
+        self.now = self.peak = 0
+        self.lock = threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.answer(
+            200, {"object": "list", "data": [{"id": "served", "object": "model", "created": 1, "owned_by": "x"}]}
+        )
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.bodies.append(body)
+            self.server.keys.add(self.headers["Authorization"])
+            self.server.now += 1
+            self.server.peak = max(self.server.peak, self.server.now)
+        status, answer = self.server.script(body)
+        with self.server.lock:
+            self.server.now -= 1
+        self.answer(status, answer)
+
+    def answer(self, status: int, body: dict | str) -> None:
+        data = (body if isinstance(body, str) else json.dumps(body)).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "text/html" if isinstance(body, str) else "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("retry-after-ms", "1")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def ask(text: str = "hello", seed: int = 3) -> Ask:
+    return Ask([{"role": "user", "content": text}], seed)
+
+
+def answers(server: Server, asks: list[Ask], sampling: Sampling = GREEDY, **options) -> list[Completion | AskError]:
+    """Each ask's answer, in the order of the asks."""
+    engine = OpenAIEngine("m", sampling, server.url, **{"max_retries": 1, **options})
+    try:
+        for key, one in enumerate(asks):
+            engine.submit(key, one)
+        got: dict[int, Completion | AskError] = {}
+        while len(got) < len(asks):
+            got.update(engine.collect())
+        assert engine.collect() == []
+        return [got[key] for key in range(len(asks))]
+    finally:
+        engine.close()
+        engine.close()
+
+
+def test_an_answer_carries_text_tokens_and_finish_reason(server):
+    assert answers(server, [ask()]) == [Completion("yes", None, "stop", 5, 2, None)]
+    assert server.keys == {"Bearer EMPTY"}
+
+
+def test_the_key_comes_from_the_environment_and_stays_out_of_the_facts(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    answers(server, [ask()])
+    assert server.keys == {"Bearer sk-secret"}
+    engine = OpenAIEngine("m", GREEDY, server.url)
+    assert engine.facts()["model"] == "m" and "sk-secret" not in str(engine.facts())
+    engine.close()
+
+
+def test_fields_that_hosted_servers_refuse_are_sent_only_when_set(server):
+    answers(server, [ask()])
+    sampling = Sampling(temperature=0.7, top_p=0.8, top_k=20, max_tokens=9)
+    answers(server, [ask(seed=11)], sampling, chat_template_kwargs={"enable_thinking": False})
+    plain, full = server.bodies
+    messages = [{"role": "user", "content": "hello"}]
+    expected = {"model": "m", "messages": messages, "seed": 3, "temperature": 0.0, "top_p": 1.0, "max_tokens": 16}
+    assert plain == expected
+    expected |= {"seed": 11, "temperature": 0.7, "top_p": 0.8, "max_tokens": 9}
+    assert full == expected | {"top_k": 20, "chat_template_kwargs": {"enable_thinking": False}}
+
+
+def test_concurrency_is_bounded_and_every_ask_is_answered_once(server):
+    def script(body: dict):
+        time.sleep(0.02)
+        return reply(body["messages"][0]["content"])
+
+    server.script = script
+    got = answers(server, [ask(str(number)) for number in range(40)], max_concurrency=4)
+    assert [completion.text for completion in got] == [str(number) for number in range(40)]
+    assert server.peak == 4
+
+
+def test_one_refused_ask_harms_only_itself(server):
+    def script(body: dict):
+        return refusal(400, "maximum context length") if body["messages"][0]["content"] == "long" else reply()
+
+    server.script = script
+    first, bad, empty, last = answers(server, [ask(), ask("long"), ask(None), ask()])
+    assert first.text == last.text == "yes"
+    assert isinstance(bad, AskError) and "400" in str(bad) and "maximum context length" in str(bad)
+    assert isinstance(empty, AskError) and "content" in str(empty)
+
+
+def test_a_passing_error_is_retried_and_a_lasting_one_fails_its_ask_alone(server):
+    passing = iter([refusal(429), refusal(503)])
+
+    def script(body: dict):
+        if body["messages"][0]["content"] == "cursed":
+            return refusal(500, "out of luck")
+        return next(passing, reply())
+
+    server.script = script
+    (good,) = answers(server, [ask()], max_retries=2)
+    assert good.text == "yes" and len(server.bodies) == 3
+    (bad,) = answers(server, [ask("cursed")], max_retries=2)
+    assert isinstance(bad, AskError) and "500" in str(bad) and "out of luck" in str(bad) and len(server.bodies) == 6
+
+
+def test_a_server_that_is_slow_with_one_ask_fails_that_ask_alone(server):
+    def script(body: dict):
+        time.sleep(1.0 if body["messages"][0]["content"] == "slow" else 0.0)
+        return reply()
+
+    server.script = script
+    slow, good = answers(server, [ask("slow"), ask()], timeout=0.3, max_retries=0)
+    assert isinstance(slow, AskError) and "timed out" in str(slow)
+    assert good.text == "yes"
+
+
+@pytest.mark.parametrize(("status", "hint"), [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "served")])
+def test_an_error_that_every_ask_would_meet_ends_the_command_and_says_what_to_check(server, status, hint):
+    server.script = lambda body: refusal(status)
+    with pytest.raises(EngineDead, match=hint):
+        answers(server, [ask(), ask()])
+
+
+def test_answers_that_came_before_the_end_are_returned_first(server):
+    def script(body: dict):
+        if body["messages"][0]["content"] == "forbidden":
+            time.sleep(0.1)
+            return refusal(401)
+        return reply()
+
+    server.script = script
+    engine = OpenAIEngine("m", GREEDY, server.url)
+    engine.submit(0, ask("forbidden"))
+    engine.submit(1, ask())
+    time.sleep(0.5)
+    assert [key for key, _ in engine.collect()] == [1]
+    with pytest.raises(EngineDead):
+        engine.submit(2, ask())
+    with pytest.raises(EngineDead):
+        engine.collect()
+    engine.close()
+
+
+def test_a_server_that_is_gone_is_engine_death_and_no_row_is_failed(server):
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(EngineDead, match="cannot be reached after 1 retries"):
+        answers(server, [ask(), ask()])
+
+
+def test_an_address_without_scheme_is_refused_at_once():
+    with pytest.raises(EngineDead, match="http://"):
+        OpenAIEngine("m", GREEDY, "localhost:8000/v1")
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        (200, {"object": "chat.completion", "choices": []}),
+        (200, {"object": "chat.completion", "choices": None}),
+        (200, {"choices": [{"index": 0, "finish_reason": "stop", "message": None}]}),
+        (200, {"choices": [{"index": 0, "finish_reason": "stop"}]}),
+        (200, {"choices": ["yes"]}),
+        (200, {"choices": "yes"}),
+        (200, {"choices": [{"index": 0, "finish_reason": "stop", "message": "yes"}]}),
+        (200, [1]),
+        (200, "<html>welcome</html>"),
+        (200, {}),
+        reply(content=None),
+        reply(content=["half"]),
+        reply(content=None, refusal="I will not"),
+        reply(content="half", finish_reason="content_filter"),
+        reply(content="half", finish_reason=None),
+    ],
+)
+def test_a_reply_without_an_answer_is_an_error_and_never_a_text(server, response):
+    server.script = lambda body: response
+    (got,) = answers(server, [ask()])
+    assert isinstance(got, AskError)
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_the_servers_reasoning_is_kept_apart(server, field):
+    server.script = lambda body: reply("answer", **{field: "why"})
+    (got,) = answers(server, [ask()])
+    assert (got.text, got.reasoning) == ("answer", "why")
+
+
+def test_a_reply_cut_inside_its_thinking_is_an_empty_answer_that_says_length(server):
+    replies = iter([reply(None, "length", reasoning_content="why"), reply("<think>why", "length")])
+    server.script = lambda body: next(replies)
+    for got in answers(server, [ask(), ask()], max_concurrency=1):
+        assert (got.text, got.reasoning, got.finish_reason) == ("", "why", "length")
+
+
+def test_a_server_that_wants_max_completion_tokens_is_given_it(server):
+    def script(body: dict):
+        return refusal(400, "Use 'max_completion_tokens' instead.") if "max_tokens" in body else reply()
+
+    server.script = script
+    got = answers(server, [ask(), ask()], max_concurrency=1)
+    assert [completion.text for completion in got] == ["yes", "yes"]
+    assert len(server.bodies) == 3 and server.bodies[-1]["max_completion_tokens"] == 16
+
+
+def test_closing_with_asks_in_flight_does_not_hang(server):
+    server.script = lambda body: (time.sleep(2.0), reply())[1]
+    engine = OpenAIEngine("m", GREEDY, server.url)
+    engine.submit(0, ask())
+    time.sleep(0.1)
+    begin = time.monotonic()
+    engine.close()
+    assert time.monotonic() - begin < 1.0

@@ -1,0 +1,276 @@
+"""VLLMEngine on real vLLM with a tiny random model, in processes of their own (see vllm_driver.py)."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distiller.engine import Ask, AskError, Completion, EngineDead, Sampling
+from distiller.vllm_setup import CPU_ENVIRONMENT, check_weights, is_cpu_build, prepare_cpu
+
+DRIVER = Path(__file__).with_name("vllm_driver.py")
+SAMPLED = {"temperature": 1.0, "top_p": 0.95, "top_k": 50, "max_tokens": 24}
+GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "max_tokens": 12}
+MAX_MODEL_LEN = 128
+
+
+def user(text: str | None) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+ASKS = [[user("Which metal is the bridge made of? " * (1 + number % 3)), number] for number in range(24)]
+BAD = [[user("green " * 400), 1], [user(None), 2], [[], 3]]
+
+
+def with_template(teacher: Path, directory: Path, template: str | None) -> str:
+    """A copy of the model with another chat template, or with none."""
+    shutil.copytree(teacher, directory)
+    for path in [directory / "chat_template.jinja", directory / "tokenizer_config.json"]:
+        if path.suffix == ".json":
+            config = json.loads(path.read_text())
+            config.pop("chat_template", None)
+            path.write_text(json.dumps(config))
+        elif template is None:
+            path.unlink()
+        else:
+            path.write_text(template)
+    return str(directory)
+
+
+def run_driver(jobs: list[dict], directory: Path) -> list[dict]:
+    job, result = directory / "job.json", directory / "result.json"
+    job.write_text(json.dumps(jobs))
+    subprocess.run([sys.executable, str(DRIVER), str(job), str(result)], check=True, timeout=500)
+    return json.loads(result.read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """The results of several engines, run one after the other in one process."""
+    directory = tmp_path_factory.mktemp("vllm")
+    thinking = (tiny_teacher / "chat_template.jinja").read_text() + "{{ '<think>\n' }}"
+    arguments = {"model": str(tiny_teacher), "max_model_len": MAX_MODEL_LEN}
+    odd = {"enable_thinking": False, "no_template_knows_this": 1}
+    jobs = {
+        "sampled": {
+            "arguments": arguments,
+            "sampling": SAMPLED,
+            "rounds": [ASKS, *([ask] for ask in ASKS[:8]), [*BAD, *ASKS[:2]], ASKS[::-1]],
+        },
+        "greedy": {
+            "arguments": arguments | {"max_num_seqs": 4, "chat_template_kwargs": odd},
+            "sampling": GREEDY,
+            "rounds": [ASKS[:6], [[messages, seed + 1] for messages, seed in ASKS[:6]]],
+        },
+        "opened": {
+            "arguments": arguments | {"model": with_template(tiny_teacher, directory / "opened", thinking)},
+            "sampling": SAMPLED,
+            "rounds": [ASKS[:1]],
+        },
+        "no template": {
+            "arguments": arguments | {"model": with_template(tiny_teacher, directory / "bare", None)},
+            "sampling": GREEDY,
+            "rounds": [],
+        },
+        "no room": {
+            "arguments": arguments,
+            "sampling": GREEDY | {"max_tokens": MAX_MODEL_LEN},
+            "rounds": [],
+        },
+    }
+    return dict(zip(jobs, run_driver(list(jobs.values()), directory), strict=True))
+
+
+def test_a_seeded_ask_says_the_same_whatever_else_is_in_flight(runs):
+    together, *rest = runs["sampled"]["rounds"]
+    assert [answer for (answer,) in rest[:8]] == together[:8]
+    assert rest[-1] == together[::-1]
+    assert rest[8][len(BAD) :] == together[:2]
+
+
+def test_another_seed_says_something_else(runs):
+    same_prompt = runs["sampled"]["rounds"][0][::3]
+    assert len({answer["text"] for answer in same_prompt}) == len(same_prompt)
+
+
+def test_a_bad_ask_comes_back_alone_with_its_numbers_and_remedy(runs):
+    too_long, no_content, no_messages = runs["sampled"]["rounds"][9][: len(BAD)]
+    assert "max_tokens is 24" in too_long["error"] and f"max_model_len {MAX_MODEL_LEN}" in too_long["error"]
+    assert "--max_model_len" in too_long["error"]
+    assert "content" in no_content["error"] and "empty" in no_messages["error"]
+
+
+def test_greedy_answers_are_those_of_transformers_and_do_not_depend_on_the_seed(runs, tiny_teacher):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    first, second = runs["greedy"]["rounds"]  # of the template with thinking switched off
+    assert first == second
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32)
+    for (messages, _), answer in zip(ASKS, first, strict=False):
+        text = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, enable_thinking=False, tokenize=False
+        )
+        prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        count = prompt["input_ids"].shape[1]
+        with torch.no_grad():
+            output = model.generate(**prompt, max_new_tokens=GREEDY["max_tokens"], do_sample=False)[0, count:]
+        assert answer["text"] == tokenizer.decode(output, skip_special_tokens=True)
+        assert (answer["prompt_tokens"], answer["completion_tokens"]) == (count, len(output))
+        assert answer["finish_reason"] == ("stop" if output[-1] == tokenizer.eos_token_id else "length")
+
+
+def test_template_arguments_reach_the_template_and_unknown_ones_are_ignored(runs):
+    thinking, off = runs["sampled"]["rounds"][0][0], runs["greedy"]["rounds"][0][0]
+    assert off["prompt_tokens"] > thinking["prompt_tokens"]  # by the empty thinking block that the template writes
+    assert off["reasoning"] is None
+    assert runs["greedy"]["facts"]["chat_template_kwargs"]["enable_thinking"] is False
+
+
+def test_a_reply_cut_inside_thinking_that_the_template_opened_is_an_empty_answer(runs):
+    ((answer,),) = runs["opened"]["rounds"]
+    assert (answer["text"], answer["finish_reason"]) == ("", "length") and answer["reasoning"]
+
+
+def test_a_model_without_chat_template_is_refused(runs):
+    assert "chat template" in runs["no template"]["dead"]
+
+
+def test_max_tokens_that_leave_no_room_for_a_prompt_are_refused(runs):
+    assert "max_tokens" in runs["no room"]["dead"] and "max_model_len" in runs["no room"]["dead"]
+
+
+def test_facts_name_the_engine_and_what_it_runs_on(runs, tiny_teacher):
+    facts = runs["sampled"]["facts"]
+    assert (facts["engine"], facts["model"], facts["max_model_len"]) == ("vllm", str(tiny_teacher), MAX_MODEL_LEN)
+    assert facts["vllm"] and facts["torch"] and facts["transformers"] and facts["dtype"]
+    assert runs["greedy"]["capacity"] == 5 < runs["sampled"]["capacity"]
+
+
+def test_a_missing_model_is_refused_before_vllm_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for model in ["./nowhere", "nobody/nothing-here", str(tmp_path / "gone")]:
+        with pytest.raises(EngineDead, match="no such directory"):
+            check_weights(model)
+    with pytest.raises(EngineDead, match=r"config\.json"):
+        check_weights(str(tmp_path))
+
+
+def test_pickled_weights_are_refused_and_safetensors_beside_them_are_not(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(EngineDead, match="pickled"):
+        check_weights(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    check_weights(str(tmp_path))
+
+
+def test_cpu_settings_leave_alone_what_the_user_exported(monkeypatch):
+    for name in CPU_ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    prepare_cpu()
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["VLLM_CPU_KVCACHE_SPACE"]) == ("3", "7")
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    for name in CPU_ENVIRONMENT:  # monkeypatch restores what it has seen: let it see what prepare_cpu set
+        monkeypatch.setenv(name, os.environ[name])
+
+
+KILL = """
+import os, signal, sys, time
+from distiller.engine import Ask, EngineDead, Sampling
+from distiller.vllm_engine import VLLMEngine
+
+if __name__ == "__main__":
+    engine = VLLMEngine(sys.argv[1], Sampling(1.0, 1.0, -1, 900), max_model_len=1024)
+    for seed in range(8):
+        engine.submit(seed, Ask([{"role": "user", "content": "bridge"}], seed))
+    engine.collect()
+    (process,) = engine.processes
+    os.kill(process.pid, signal.SIGKILL)
+    begin = time.monotonic()
+    try:
+        while True:
+            engine.collect()
+    except EngineDead as error:
+        print("dead", time.monotonic() - begin, error)
+    engine.close()
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_engine_process_is_noticed_within_a_minute(tiny_teacher, tmp_path):
+    script = tmp_path / "kill.py"
+    script.write_text(KILL)
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    run = subprocess.run(
+        [sys.executable, str(script), str(tiny_teacher)], env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert run.returncode == 0, run.stderr
+    word, seconds, reason = next(line for line in run.stdout.splitlines() if line.startswith("dead")).split(" ", 2)
+    assert float(seconds) < 60 and "-9" in reason
+
+
+@pytest.mark.slow
+def test_a_real_vllm_server_answers_as_the_engine_in_process(runs, tiny_teacher, monkeypatch):
+    from distiller.openai_engine import OpenAIEngine
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_teacher)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--max-model-len", str(MAX_MODEL_LEN), "--dtype", "float32", "--enforce-eager"]
+    command += ["--no-enable-chunked-prefill"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 400
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert process.poll() is None and time.monotonic() < deadline, "the server did not start"
+            time.sleep(0.5)
+        url = f"http://127.0.0.1:{port}/v1"
+        off = {"enable_thinking": False}
+        engine = OpenAIEngine(str(tiny_teacher), Sampling(**GREEDY), url, chat_template_kwargs=off)
+        asks = [Ask(messages, seed) for messages, seed in [*ASKS[:6], BAD[0]]]
+        for key, ask in enumerate(asks):
+            engine.submit(key, ask)
+        got: dict[int, Completion | AskError] = {}
+        while len(got) < len(asks):
+            got.update(engine.collect())
+        *good, too_long = [got[key] for key in range(len(asks))]
+        assert [answer.text for answer in good] == [answer["text"] for answer in runs["greedy"]["rounds"][0]]
+        assert isinstance(too_long, AskError) and "400" in str(too_long)
+        wrong = OpenAIEngine("another", Sampling(**GREEDY), url)
+        wrong.submit(0, asks[0])
+        with pytest.raises(EngineDead, match=tiny_teacher.name):
+            wrong.collect()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        engine.submit(0, asks[0])
+        with pytest.raises(EngineDead, match="cannot be reached"):
+            engine.collect()
+        engine.close()
+        wrong.close()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.mark.skipif(not is_cpu_build(), reason="settings of the CPU build")
+def test_the_cpu_build_is_told_from_package_metadata_without_importing_torch():
+    code = (
+        "import sys; from distiller.vllm_setup import is_cpu_build as cpu; assert cpu() and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
