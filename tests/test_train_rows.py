@@ -1,0 +1,128 @@
+"""Which rows are trained on, which are held out, and what is refused."""
+
+import json
+import logging
+
+import pytest
+
+from distiller.records import InputError
+from RewardTrainer.train.data import load_pairs
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pairs(count, prompts=None, **fields):
+    return [
+        {"id": f"p{i}", "prompt": f"q{i % (prompts or count)}", "chosen": f"good {i}", "rejected": "bad", **fields}
+        for i in range(count)
+    ]
+
+
+def test_missing_margin_is_the_difference_of_the_scores(tmp_path):
+    rows = pairs(3, chosen_score=7.5, rejected_score=4)
+    rows[1]["margin"] = 9.0  # one that is there stays
+    rows[2] |= {"margin": None, "extra": [1]}
+    train, held_out = load_pairs(write(tmp_path / "s.jsonl", rows), required=["margin"])
+    assert [row["margin"] for row in train] == [3.5, 9.0, 3.5] and held_out == []
+    assert train[2]["extra"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("field", "command"),
+    [
+        ("margin", "cali_score_vllm.py"),
+        ("rejected_score", "score_orig_vllm.py"),
+        ("teacher_response", "generate_response_vllm.py"),
+    ],
+)
+def test_missing_field_is_refused_with_file_row_and_command(field, command, tmp_path):
+    rows = pairs(3, margin=1.0, chosen_score=7.0, rejected_score=4.0, teacher_response="t")
+    del rows[2][field]
+    if field == "margin":
+        del rows[2]["chosen_score"]
+    with pytest.raises(InputError, match=rf"s\.jsonl.* 3\b.*`{field}`.*{command}"):
+        load_pairs(write(tmp_path / "s.jsonl", rows), required=[field])
+
+
+def test_rating_that_is_no_number_is_refused(tmp_path):
+    with pytest.raises(InputError, match="line 1: field `margin` must be a number, not str"):
+        load_pairs(write(tmp_path / "s.jsonl", pairs(2, margin="2")), required=["margin"])
+
+
+def test_empty_file_says_what_may_have_happened(tmp_path):
+    with pytest.raises(
+        InputError, match=r"s\.jsonl: 0 rows: every row was filtered or failed.*s\.jsonl\.failed\.jsonl"
+    ):
+        load_pairs(write(tmp_path / "s.jsonl", []))
+
+
+def test_repeated_rows_are_dropped_with_a_count(tmp_path, caplog):
+    rows = pairs(3)
+    with caplog.at_level(logging.WARNING):
+        train, _ = load_pairs(write(tmp_path / "s.jsonl", [*rows, rows[0], rows[2]]))
+    assert len(train) == 3 and "2 repeated rows dropped" in caplog.text
+
+
+def test_rows_of_one_prompt_never_straddle_the_split(tmp_path):
+    path = write(tmp_path / "s.jsonl", pairs(60, prompts=20))
+    train, held_out = load_pairs(path, eval_ratio=0.2, seed=3)
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+    assert len(held_out) == 12 and len(train) == 48
+    assert {row["id"] for row in train} | {row["id"] for row in held_out} == {f"p{i}" for i in range(60)}
+
+
+def test_split_depends_on_seed_and_prompts_alone(tmp_path):
+    rows = pairs(40)
+    path, backwards = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[::-1])
+
+    def held(path, seed):
+        return {row["id"] for row in load_pairs(path, eval_ratio=0.25, seed=seed)[1]}
+
+    assert held(path, 1) == held(path, 1) == held(backwards, 1) != held(path, 2)
+
+
+def test_prompts_that_differ_in_outer_white_space_or_form_count_as_one(tmp_path):
+    rows = pairs(3)
+    rows[0]["prompt"], rows[1]["prompt"] = "same", [{"role": "user", "content": "same\n"}]
+    train, _ = load_pairs(
+        write(tmp_path / "a.jsonl", rows), eval_file=write(tmp_path / "b.jsonl", [rows[1] | {"id": "e"}])
+    )
+    assert [row["id"] for row in train] == ["p2"]
+
+
+def test_training_rows_held_out_in_the_eval_file_are_dropped_with_a_count(tmp_path, caplog):
+    rows = pairs(5)
+    held_out = [{**rows[0], "id": "other"}, {**rows[3], "prompt": "new"}]  # the prompt of p0, the id of p3
+    with caplog.at_level(logging.WARNING):
+        train, eval_rows = load_pairs(
+            write(tmp_path / "a.jsonl", rows), eval_file=write(tmp_path / "b.jsonl", held_out)
+        )
+    assert [row["id"] for row in train] == ["p1", "p2", "p4"]
+    assert [row["id"] for row in eval_rows] == ["other", "p3"]
+    assert "2 training rows dropped" in caplog.text
+
+
+def test_eval_file_that_holds_out_everything_is_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", pairs(4))
+    with pytest.raises(InputError, match="the prompts of all 4 are held out"):
+        load_pairs(path, eval_file=path)
+
+
+def test_held_out_share_that_cannot_be_is_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", pairs(4, prompts=1))
+    with pytest.raises(InputError, match="--eval_ratio 0 or --eval_file"):
+        load_pairs(path, eval_ratio=0.1)
+    with pytest.raises(InputError, match="less than 1"):
+        load_pairs(path, eval_ratio=1.0)
+    with pytest.raises(InputError, match="give one of them"):
+        load_pairs(path, eval_ratio=0.1, eval_file=path)
+
+
+def test_several_files_columns_and_limit(tmp_path):
+    rows = [{"id": row["id"], "instruction": row["prompt"], "chosen": "c", "rejected": "r"} for row in pairs(6)]
+    paths = [write(tmp_path / "a.jsonl", rows[:3]), write(tmp_path / "b.jsonl", rows[3:])]
+    train, _ = load_pairs(paths, columns={"prompt": "instruction"}, limit=5)
+    assert [row["prompt"] for row in train] == ["q0", "q1", "q2", "q3", "q4"]
