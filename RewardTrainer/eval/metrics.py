@@ -1,7 +1,7 @@
 """What the numbers mean: pure functions from rewards to metrics.
 
-"Strict" everywhere: a response wins when its reward is *greater* than the other's, so a tie is a miss. Counting ties as half
-would give a model that answers the same number to everything 0.5 instead of 0.
+"Strict" everywhere: a response wins when its reward is *greater* than the other's, so a tie is a miss. Counting ties
+as half would give a model that answers the same number to everything 0.5 instead of 0.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def strict_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> float
 
 
 def style_matrix(chosen: Sequence[Sequence[float]], rejected: Sequence[Sequence[float]]) -> np.ndarray:
-    """RM-Bench's matrix M (3, 3): M[i, j] = share of prompts with chosen in style i strictly above rejected in style j.
+    """RM-Bench's matrix M (3, 3): M[i, j] = share of prompts whose chosen i is strictly above their rejected j.
 
-    The styles come in order: concise, detailed plain, detailed markdown.
+    i and j are styles; they come in order: concise, detailed plain, detailed markdown.
 
     Args:
         chosen, rejected: rewards, both (prompts, 3), not empty
@@ -62,8 +62,8 @@ def gap_margin_agreement(gaps: Sequence[float], margins: Sequence[float]) -> dic
 
     Returns:
         gap_margin_pearson; gap_margin_spearman (Pearson of the ranks, tied values sharing their mean rank); and
-        gap_margin_slope, the least-squares slope of gap over margin, 1 for a calibrated model. None where the quantity does
-        not exist: fewer than two pairs, or one side is constant.
+        gap_margin_slope, the least-squares slope of gap over margin, 1 for a calibrated model. None where the quantity
+        does not exist: fewer than two pairs, or one side is constant.
     """
     gap, margin = np.asarray(gaps, dtype=float), np.asarray(margins, dtype=float)
     if gap.ndim != 1 or gap.shape != margin.shape:
