@@ -1,4 +1,4 @@
-"""The trainer: what is averaged over what, what is logged and evaluated, and that nothing depends on how the work was cut."""
+"""The trainer: what is averaged, logged and evaluated, and that nothing depends on how the work was cut."""
 
 from pathlib import Path
 

@@ -34,7 +34,7 @@ def tiny_tokenizer(pad: str | None = "<|endoftext|>") -> PreTrainedTokenizerFast
 def tiny_model(
     path: Path, hidden: int = 32, layers: int = 2, tied: bool = True, vocab: int = 384, seed: int = 0, **config
 ) -> Path:
-    """A random Qwen2 causal LM with its tokenizer, saved to `path`. Biases and norms are random too, so that all of them count."""
+    """A random Qwen2 causal LM with its tokenizer, saved to `path`; biases and norms are random too."""
     tokenizer = tiny_tokenizer()
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(
@@ -98,7 +98,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 def make_trainer(
     student_path: Path, output_dir: Path, rows: list[dict], teacher_path: Path | None = None, **arguments
 ):
-    """A `DistilTrainer` on the CPU as `run_reward_train.py` would build it; `eval_rows` and `callbacks` are taken out of `arguments`."""
+    """A `DistilTrainer` on the CPU as `run_reward_train.py` builds it; `eval_rows` and `callbacks` are its own."""
     from transformers import set_seed
 
     from RewardTrainer.train.arguments import DistilConfig

@@ -1,4 +1,4 @@
-"""Arguments of `run_reward_train.py`: which model, which rows, which loss; the rest is `transformers.TrainingArguments`."""
+"""Arguments of `run_reward_train.py`: model, rows, loss; the rest is `transformers.TrainingArguments`."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ class ModelArguments:
 
     model_name_or_path: str = field(
         metadata={
-            "help": "Student: a causal LM, or a reward model (AutoModelForSequenceClassification, one label) to go on from."
+            "help": "Student: a causal LM, or a reward model (sequence classification, one label) to go on from."
         }
     )
     teacher_model: str | None = field(
@@ -31,7 +31,7 @@ class ModelArguments:
     head: Literal["linear", "mlp"] = field(
         default="linear",
         metadata={
-            "help": "Reward head. linear exports a stock model; mlp (one hidden layer of 1024) loads with remote code only."
+            "help": "Reward head. linear exports a stock model; mlp (one hidden layer) loads with remote code only."
         },
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(

@@ -1,7 +1,7 @@
 """Where a student comes from and what it is saved as.
 
-A checkpoint directory is a stock sequence-classification model, so that `transformers`, TRL, vLLM and `rewardbench` load it with no
-code of ours:
+A checkpoint directory is a stock sequence-classification model, so that `transformers`, TRL, vLLM and `rewardbench`
+load it with no code of ours:
 
     config.json             num_labels 1; problem_type "regression", or vLLM puts a sigmoid on the reward; pad_token_id
     model*.safetensors      backbone and `score.weight`
@@ -11,8 +11,8 @@ code of ours:
                             *.safetensors file of the directory it is given
     lm/                     `--save_lm`: the student as a stock causal LM
 
-An MLP head has no stock class: such a checkpoint carries `modeling_mlp_reward.py`, is loaded with `trust_remote_code=True`, and
-saving it says so.
+An MLP head has no stock class: such a checkpoint carries `modeling_mlp_reward.py`, is loaded with
+`trust_remote_code=True`, and saving it says so.
 """
 
 import copy
@@ -68,8 +68,9 @@ PAD_CANDIDATES = (
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Give the tokenizer a pad token different from EOS, and drop token_type_ids, in place.
 
-    An existing special token that neither the chat template nor another role uses is preferred to a new one. Returns a sentence
-    about what changed, None if nothing did. The caller resizes the embeddings when `len(tokenizer)` outgrew them.
+    An existing special token that neither the chat template nor another role uses is preferred to a new one. Returns a
+    sentence about what changed, None if nothing did. The caller resizes the embeddings when `len(tokenizer)` outgrew
+    them.
     """
     tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     tokenizer.padding_side = "right"
@@ -126,11 +127,11 @@ def load_student(
 ) -> RewardStudent:
     """A student from a causal LM, from a reward model, or from a checkpoint of either kind of head saved here.
 
-    path: directory or hub name. tokenizer: prepared; embeddings grow when it outgrew them. language_head: whether the loss has
-    generative terms; without them an untied LM head is kept but frozen. load_args go to `from_pretrained`.
+    path: directory or hub name. tokenizer: prepared; embeddings grow when it outgrew them. language_head: whether the
+    loss has generative terms; without them an untied LM head is kept but frozen. load_args go to `from_pretrained`.
 
-    Raises ValueError for a generative loss on a model without LM head, for a model whose head is not one scalar, and for an
-    architecture that could not be exported.
+    Raises ValueError for a generative loss on a model without LM head, for a model whose head is not one scalar, and
+    for an architecture that could not be exported.
     """
     config = AutoConfig.from_pretrained(path, **load_args)
     ours = read_student_file(path)
@@ -217,10 +218,10 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def stock_model(student: RewardStudent, state: dict[str, torch.Tensor] | None = None) -> PreTrainedModel:
-    """The student as the model its checkpoints load as, sharing the tensors of `state` (None: none, on the meta device).
+    """The student as the model its checkpoints load as, sharing the tensors of `state`; None: on the meta device.
 
-    state: `student.state_dict()` or what a ZeRO engine gathered. Raises ValueError if backbone and head do not fill the stock
-    class exactly.
+    state: `student.state_dict()` or what a ZeRO engine gathered. Raises ValueError if backbone and head do not fill
+    the stock class exactly.
     """
     config = copy.deepcopy(student.config)
     config.num_labels = 1
@@ -251,7 +252,7 @@ def save_student(
     state: dict[str, torch.Tensor] | None = None,
     save_lm: bool = False,
 ) -> None:
-    """Write a checkpoint directory (module docstring). Called on one rank; `state` as for `stock_model`, None: the student's."""
+    """Write a checkpoint directory (module docstring), on one rank. `state` as for `stock_model`, None: its own."""
     output_dir = Path(output_dir)
     state = student.state_dict() if state is None else state
     model = stock_model(student, state)
@@ -302,7 +303,7 @@ def _embedding_name(backbone: PreTrainedModel) -> str:
 
 
 def load_weights(student: RewardStudent, path: str | Path) -> None:
-    """Put a checkpoint of the same student back into it, LM head included. KeyError or RuntimeError if it does not fit."""
+    """Put a checkpoint of the same student back into it, LM head included. RuntimeError if it does not fit."""
     stored = read_weights(path)
     model = stock_model(student)
     head = "score" if student.head == "linear" else "classifier"

@@ -1,7 +1,7 @@
 """A reward model with an MLP head: `AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True)`.
 
-This file is copied into every checkpoint trained with `--head mlp` and stands alone. The classes of `transformers` have a linear
-head only, and loading such a checkpoint as one of them would leave the head at random values.
+This file is copied into every checkpoint trained with `--head mlp` and stands alone. The classes of `transformers`
+have a linear head only, and loading such a checkpoint as one of them would leave the head at random values.
 """
 
 import torch

@@ -1,14 +1,15 @@
 """Train a reward model. Behind `scripts/train_distilrm.sh` and `scripts/train_rm.sh`.
 
 Reads scored pairs (JSONL with prompt, chosen, rejected and what the loss needs: margin, teacher_response, ...).
-Writes to `--output_dir` a stock sequence-classification model, `metrics.json`, and `checkpoint-*` directories of the same kind.
+Writes to `--output_dir` a stock sequence-classification model, `metrics.json`, and `checkpoint-*` directories of the
+same kind.
 
     python -m RewardTrainer.train.run_reward_train                                     # configs/train/example.yaml
     python -m RewardTrainer.train.run_reward_train --config configs/train/paper.yaml --learning_rate 2e-5
     python -m RewardTrainer.train.run_reward_train --loss_type bt --resume_from_checkpoint last
 
-Relative paths are relative to the current directory; the recipes expect RewardTrainer/. Several processes: through the scripts
-(DeepSpeed launcher) or torchrun, not `accelerate launch`, which drops DeepSpeed on a CPU without a word.
+Relative paths are relative to the current directory; the recipes expect RewardTrainer/. Several processes: through the
+scripts (DeepSpeed launcher) or torchrun, not `accelerate launch`, which drops DeepSpeed on a CPU without a word.
 """
 
 import json
@@ -151,7 +152,8 @@ def set_up(model_args: ModelArguments, args: DistilConfig) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     set_seed(args.seed)
     if args.deepspeed:
-        # On a CPU, TrainingArguments starts torch.distributed alone, and ZeRO-3 would partition the student for one process.
+        # On a CPU, TrainingArguments starts torch.distributed alone, and ZeRO-3 would partition the student for one
+        # process.
         import deepspeed
 
         deepspeed.init_distributed()

@@ -1,17 +1,18 @@
 """The student: one backbone, a scalar reward head, and (for the generative terms) its language-model head.
 
-Why one `forward` for everything. ZeRO-3, FSDP and DDP act through hooks around `forward`: a reward read from one call and logits
-computed by hand from another would miss gathered parameters or gradient reduction. So one call takes every row of the batch
-(chosen, rejected, generative, in that order), passes the backbone once and returns per-pair values; the trainer only averages.
+Why one `forward` for everything. ZeRO-3, FSDP and DDP act through hooks around `forward`: a reward read from one call
+and logits computed by hand from another would miss gathered parameters or gradient reduction. So one call takes every
+row of the batch (chosen, rejected, generative, in that order), passes the backbone once and returns per-pair values;
+the trainer only averages.
 
 Four points that are easy to get wrong:
 
-1. The reward is read at the last token whose attention mask is 1, wherever the padding is, and the head works in fp32 with
-   autocast off: a bf16 reward near 8 has steps of 1/32.
+1. The reward is read at the last token whose attention mask is 1, wherever the padding is, and the head works in fp32
+   with autocast off: a bf16 reward near 8 has steps of 1/32.
 2. Rewards never touch the LM head, and the LM head sees response tokens only.
-3. The LM head is one module with its own reference to the weight. Under ZeRO-3 a module gathers its own parameters once around its
-   `forward`; calling `nn.Linear` once a chunk would gather once a chunk, and ranks with different numbers of chunks would wait for
-   each other for ever.
+3. The LM head is one module with its own reference to the weight. Under ZeRO-3 a module gathers its own parameters
+   once around its `forward`; calling `nn.Linear` once a chunk would gather once a chunk, and ranks with different
+   numbers of chunks would wait for each other for ever.
 4. Backbone and LM head of a tied model share one `nn.Parameter`; checkpoints write it once (`checkpoint.py`).
 """
 
@@ -35,8 +36,8 @@ LOGIT_SCALES = {"logit_scale": lambda value: value, "logits_scaling": lambda val
 class Float32Linear(nn.Linear):
     """A linear layer whose product is in fp32 under autocast too.
 
-    Its weight is fp32, except where DeepSpeed's 16-bit modes hold a 16-bit working copy of every weight (the fp32 one is then in
-    the optimizer). The casts are inside `forward` because ZeRO-3 gathers a module's weights only there.
+    Its weight is fp32, except where DeepSpeed's 16-bit modes hold a 16-bit working copy of every weight (the fp32 one
+    is then in the optimizer). The casts are inside `forward` because ZeRO-3 gathers a module's weights only there.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -45,7 +46,7 @@ class Float32Linear(nn.Linear):
 
 
 def reward_head(kind: str, hidden_size: int, std: float = 0.02) -> nn.Module:
-    """A fresh fp32 head, (rows, hidden_size) -> (rows, 1); `kind` is "linear" (no bias) or "mlp" (one hidden layer)."""
+    """A fresh fp32 head, (rows, hidden_size) -> (rows, 1); `kind`: linear (no bias) or mlp (one hidden layer)."""
     if kind == "linear":
         head = Float32Linear(hidden_size, 1, bias=False, dtype=torch.float32)
     elif kind == "mlp":
@@ -86,7 +87,7 @@ class LanguageHead(nn.Module):
 
 
 class RewardStudent(nn.Module):
-    """See the module docstring. `language_head` is None for a student without one; `head` names the reward head's kind."""
+    """See the module docstring. `language_head` is None for a student without one; `head` is the reward head's kind."""
 
     accepts_loss_kwargs = False  # the trainer, not this forward, averages over pairs
 
@@ -135,8 +136,9 @@ class RewardStudent(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Rewards of every row, and the generative terms of every pair.
 
-        input_ids, attention_mask (rows, L): with `num_pairs` = B, rows 0..B-1 are chosen, B..2B-1 rejected and 2B..3B-1 the
-            generative sequences; where there are only 2B rows, the chosen ones are the generative sequences.
+        input_ids, attention_mask (rows, L): with `num_pairs` = B, rows 0..B-1 are chosen, B..2B-1 rejected and
+            2B..3B-1 the generative sequences; where there are only 2B rows, the chosen ones are the generative
+            sequences.
         gen_mask (B, L): 1 at the response tokens of the generative sequences; None leaves their terms out.
         The other arguments go to `losses.generative_losses`, whose token axis is gen_mask read row by row.
 
@@ -163,7 +165,7 @@ class RewardStudent(nn.Module):
 
 
 def split_causal_lm(lm: PreTrainedModel) -> tuple[PreTrainedModel, LanguageHead]:
-    """Backbone and LM head of a causal LM. ValueError if its logits are not those of backbone, head, scale and soft cap."""
+    """Backbone and LM head of a causal LM. ValueError if its logits are more than head, scale and soft cap."""
     backbone, output = lm.base_model, lm.get_output_embeddings()
     if backbone is lm or not isinstance(output, nn.Linear):
         raise ValueError(f"{type(lm).__name__} is not a backbone with a linear LM head on top; it cannot be a student")
@@ -186,7 +188,7 @@ def split_causal_lm(lm: PreTrainedModel) -> tuple[PreTrainedModel, LanguageHead]
 
 @contextmanager
 def plain_loading():
-    """Load or build models without ZeRO-3 partitioning, though a ZeRO-3 config is active (frozen teacher, meta models)."""
+    """Load or build models whole, though a ZeRO-3 config is active: the frozen teacher, models on the meta device."""
     active = hf_deepspeed._hf_deepspeed_config_weak_ref
     config = None if active is None else active()
     hf_deepspeed.unset_hf_deepspeed_config()
@@ -198,7 +200,7 @@ def plain_loading():
 
 
 class LiveTeacher:
-    """A frozen causal LM, beside the trained model and never inside it, so that no optimizer or ZeRO engine sees its weights."""
+    """A frozen causal LM beside the trained model, never inside it: no optimizer or ZeRO engine sees its weights."""
 
     def __init__(self, lm: PreTrainedModel):
         lm.requires_grad_(False).eval()
@@ -217,8 +219,9 @@ class LiveTeacher:
     ) -> Callable[[slice], torch.Tensor]:
         """Teacher logits of every response token, on demand, for `losses.generative_losses`.
 
-        All arguments are (pairs, L) in the teacher's own tokens and template; response_mask is 1 at the response tokens. The
-        backbone runs here, once; the LM head runs when a slice of the tokens, read row by row, is asked for.
+        All arguments are (pairs, L) in the teacher's own tokens and template; response_mask is 1 at the response
+        tokens. The backbone runs here, once; the LM head runs when a slice of the tokens, read row by row, is asked
+        for.
         """
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         rows, positions = response_mask.nonzero(as_tuple=True)

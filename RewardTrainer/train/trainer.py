@@ -1,12 +1,13 @@
-"""`transformers.Trainer` for pairs: which loss of which pair counts how much, what is logged, what is evaluated and saved.
+"""`transformers.Trainer` for pairs: what counts how much, what is logged, evaluated and saved.
 
-The mean is over all pairs of the optimizer step. The Trainer calls `compute_loss` once a micro-batch on every rank; gradients are
-summed over micro-batches (`loss_is_scaled_for_ga` says that nothing is to be divided) and averaged over ranks (by DDP and DeepSpeed
-alike). So each micro-batch returns
+The mean is over all pairs of the optimizer step. The Trainer calls `compute_loss` once a micro-batch on every rank;
+gradients are summed over micro-batches (`loss_is_scaled_for_ga` says that nothing is to be divided) and averaged over
+ranks (by DDP and DeepSpeed alike). So each micro-batch returns
 
     sum of its pairs' losses * ranks / pairs of the whole step
 
-and a ragged last micro-batch weighs what it holds. The number of pairs is gathered over ranks before the step's first forward.
+and a ragged last micro-batch weighs what it holds. The number of pairs is gathered over ranks before the step's first
+forward.
 """
 
 import logging
@@ -155,7 +156,7 @@ class DistilTrainer(Trainer):
     # Evaluation
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """No loss (it would be averaged over batches, ragged or not) but a matrix (pairs, columns) that is gathered."""
+        """No loss (it would be averaged over batches, ragged or not) but a matrix (pairs, columns), then gathered."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             terms = self.pair_terms(model, inputs)
@@ -166,8 +167,9 @@ class DistilTrainer(Trainer):
     def pair_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Means over held-out pairs, each pair once.
 
-        accuracy (ties count as half), mean_gap, gap_margin_pearson, gap_margin_slope (least squares, ideal 1 / margin_scale), loss
-        and its terms (means over pairs), nll (nats a token over all response tokens). What is undefined is left out.
+        accuracy (ties count as half), mean_gap, gap_margin_pearson, gap_margin_slope (least squares, ideal 1 /
+        margin_scale), loss and its terms (means over pairs), nll (nats a token over all response tokens). What is
+        undefined is left out.
         """
         columns = dict(zip(COLUMNS, np.asarray(prediction.predictions, dtype=np.float64).T, strict=True))
         gap, margin = columns["chosen"] - columns["rejected"], columns["margin"]
@@ -195,7 +197,7 @@ class DistilTrainer(Trainer):
     # Checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """A stock model directory (`checkpoint.py`), from the student's own weights or those a ZeRO engine gathered."""
+        """A stock model directory (`checkpoint.py`), from the student's weights or those a ZeRO engine gathered."""
         output_dir = Path(output_dir or self.args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         student = self.accelerator.unwrap_model(self.model)

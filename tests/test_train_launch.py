@@ -1,0 +1,155 @@
+"""The training scripts as a user runs them: bash, the DeepSpeed launcher, two ranks on the CPU."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_fixtures import pair_rows, tiny_model, write_rows
+from transformers import AutoModelForSequenceClassification
+
+from RewardTrainer.train import run_reward_train
+from RewardTrainer.train.arguments import parse
+from RewardTrainer.train.trainer import last_checkpoint
+
+SCRIPTS = Path(run_reward_train.__file__).parents[1] / "scripts"
+RECIPES = sorted((SCRIPTS.parent / "configs/train").glob("*.yaml"))
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    tiny_model(root / "student", tied=False)
+    tiny_model(root / "teacher", hidden=48, seed=1)
+    write_rows(root / "scored.jsonl", pair_rows(60))
+    return root
+
+
+def flags(world: Path, output: Path, batch_size: int) -> list[str]:
+    return [
+        *("--model_name_or_path", str(world / "student"), "--teacher_model", str(world / "teacher")),
+        *("--train_file", str(world / "scored.jsonl"), "--output_dir", str(output)),
+        *("--per_device_train_batch_size", str(batch_size), "--gradient_accumulation_steps", "2"),
+        *("--max_steps", str(STEPS), "--logging_steps", "1", "--save_steps", "2", "--learning_rate", "1e-3"),
+        *("--disable_tqdm", "true"),
+    ]
+
+
+def launch(world: Path, output: Path, *extra: str, zero: int, wait: bool = True) -> subprocess.Popen:
+    """train_distilrm.sh on two ranks, from another directory; its output goes to a file beside `output`."""
+    log = output.with_suffix(".log").open("ab")
+    process = subprocess.Popen(
+        ["bash", str(SCRIPTS / "train_distilrm.sh"), *flags(world, output, batch_size=1), *extra],
+        cwd=world,
+        env=os.environ | {"NUM_PROCESSES": "2", "ZERO": str(zero), "OMP_NUM_THREADS": "1"},
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    if wait and process.wait(timeout=600):
+        pytest.fail(output.with_suffix(".log").read_text(errors="replace")[-4000:])
+    return process
+
+
+def logged(output: Path) -> list[dict]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [log for log in history if "loss" in log]
+
+
+@pytest.fixture(scope="module")
+def zero3(world) -> Path:
+    launch(world, world / "zero3", zero=3)
+    return world / "zero3"
+
+
+@pytest.mark.slow
+def test_two_ranks_under_zero3_train_as_one_process_without_deepspeed(world, zero3):
+    assert "2 process(es), DEEPSPEED, ZeRO stage 3" in zero3.with_suffix(".log").read_text(errors="replace")
+    run_reward_train.main(flags(world, world / "alone", batch_size=2))
+    alone, both = logged(world / "alone"), logged(zero3)
+    assert len(alone) == len(both) == STEPS
+    for one, two in zip(alone, both, strict=True):
+        for term in ("loss", "loss_reward", "loss_sft", "loss_kl", "gap"):
+            assert two[term] == pytest.approx(one[term], abs=1e-3), term
+    # The same held-out pairs on one rank and on two, a ragged last batch included.
+    before, after = (json.loads((run / "metrics.json").read_text()) for run in (world / "alone", zero3))
+    for when in ("before", "after"):
+        for name, value in before[when].items():
+            if name.startswith("eval_") and "second" not in name and "time" not in name:
+                assert after[when][name] == pytest.approx(value, abs=1e-3), name
+    AutoModelForSequenceClassification.from_pretrained(zero3)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_deepspeed_run_ends_with_the_weights_of_an_uninterrupted_one(world, zero3):
+    output = world / "killed"
+    process = launch(world, output, zero=2, wait=False)
+    while last_checkpoint(output) is None:
+        assert process.poll() is None, output.with_suffix(".log").read_text(errors="replace")[-4000:]
+        time.sleep(0.01)
+    for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+        os.kill(member.pid, signal.SIGKILL)
+    process.wait()
+    assert not (output / "model.safetensors").exists(), "the run ended before it could be killed"
+    launch(world, output, "--resume_from_checkpoint", "last", zero=2)
+    assert "starting from the beginning" not in output.with_suffix(".log").read_text(errors="replace")
+    # ZeRO stage 2 here, stage 3 there: the stage changes nothing but who holds what.
+    for file in ("model.safetensors", "lm_head/model.safetensors"):
+        resumed, whole = load_file(output / file), load_file(zero3 / file)
+        assert resumed.keys() == whole.keys()
+        for name in whole:
+            torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses(recipe, tmp_path, monkeypatch):
+    off_gpu = ["--bf16", "false"]
+    _, data_args, args = parse(recipe, ["--output_dir", str(tmp_path), *off_gpu])
+    assert args.warmup_steps == 0.03
+    assert data_args.train_file.startswith("../")
+
+
+def test_command_line_overrides_the_recipe_and_unknown_keys_are_refused(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model_name_or_path: a\ntrain_file: b\nlearning_rate: 1e-4\nloss_type: bt\n")
+    model_args, _, args = parse(recipe, ["--learning_rate", "2e-4", "--output_dir", str(tmp_path)])
+    assert (model_args.model_name_or_path, args.learning_rate, args.loss_type) == ("a", 2e-4, "bt")
+    recipe.write_text("model_name_or_path: a\ntrain_file: b\nlearnig_rate: 1e-4\n")
+    with pytest.raises(ValueError, match="learnig_rate"):
+        parse(recipe, ["--output_dir", str(tmp_path)])
+
+
+def test_weight_that_the_loss_ignores_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(ValueError, match="kl_weight"):
+        run_reward_train.main(["--loss_type", "bt", "--kl_weight", "1", "--output_dir", str(tmp_path)])
+
+
+def test_missing_model_directory_is_named(tmp_path):
+    with pytest.raises(run_reward_train.InputError, match="no such directory"):
+        run_reward_train.main(["--model_name_or_path", "./nothing-here", "--output_dir", str(tmp_path)])
+
+
+def test_baseline_trains_on_original_pairs_and_writes_its_metrics(tmp_path):
+    tiny_model(tmp_path / "student")
+    rows = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in pair_rows(20)]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    output = tmp_path / "rm"
+    run_reward_train.main(
+        [
+            *("--config", str(SCRIPTS.parent / "configs/train/example_bt.yaml"), "--output_dir", str(output)),
+            *("--model_name_or_path", str(tmp_path / "student"), "--train_file", str(tmp_path / "pairs.jsonl")),
+            *("--num_train_epochs", "1", "--save_lm", "true", "--disable_tqdm", "true"),
+        ]
+    )
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["counts"]["train"]["pairs"] + metrics["counts"]["eval"]["pairs"] == 20
+    assert 0 <= metrics["before"]["eval_accuracy"] <= 1 and 0 <= metrics["after"]["eval_accuracy"] <= 1
+    assert AutoModelForSequenceClassification.from_pretrained(output).config.num_labels == 1
+    assert (output / "lm/model.safetensors").exists()
