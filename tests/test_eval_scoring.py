@@ -15,7 +15,13 @@ from eval_fixtures import (
     save_reward_model,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    Qwen2ForCausalLM,
+)
 
 from distiller.records import InputError
 from RewardTrainer.eval.scoring import Scorer, choose_pad_id, load_scorer, plan_batches
@@ -71,6 +77,25 @@ def test_a_model_without_pad_token_is_scored_in_batches_as_it_is_alone(template)
     assert model.config.pad_token_id is None
 
 
+def test_a_bidirectional_encoder_is_scored_in_batches_as_it_is_alone():
+    tokenizer = build_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        initializer_range=0.3,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(config).eval()
+    expected = one_by_one(model, tokenizer, conversations())
+    assert rewards(Scorer(model, tokenizer), conversations()) == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_model_whose_pad_token_ends_every_conversation_is_scored_as_transformers_does_and_says_so(capsys):
     tokenizer = build_tokenizer(ENDS_IN_END_TOKEN)
     model = build_model(tokenizer, pad_token_id=tokenizer.eos_token_id)
@@ -90,8 +115,9 @@ def test_exactly_one_bos_where_both_template_and_tokenizer_write_one():
     assert row.ids == tokenizer.apply_chat_template(chat)["input_ids"]
 
 
-def test_truncation_takes_the_left_end_is_counted_and_spares_bos_and_the_end_of_the_response():
-    tokenizer = build_tokenizer(CHATML_WITH_BOS)
+@pytest.mark.parametrize("template", [CHATML, CHATML_WITH_BOS])
+def test_truncation_takes_the_left_end_is_counted_and_spares_bos_and_the_end_of_the_response(template):
+    tokenizer = build_tokenizer(template)
     scorer = Scorer(build_model(tokenizer), tokenizer, max_length=40)
     chats = [
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
@@ -101,9 +127,9 @@ def test_truncation_takes_the_left_end_is_counted_and_spares_bos_and_the_end_of_
     encoded = scorer.encode([scorer.render(chat) for chat in chats], [chat[-1]["content"] for chat in chats])
     assert [(row.truncated, row.response_cut) for row in encoded] == [(False, False), (True, False), (True, True)]
     assert encoded[0].ids == whole[0]
+    bos = [tokenizer.bos_token_id] if template == CHATML_WITH_BOS else []
     for row, ids in zip(encoded[1:], whole[1:], strict=True):
-        assert len(row.ids) == 40
-        assert row.ids == [tokenizer.bos_token_id, *ids[-39:]]
+        assert row.ids == bos + ids[len(bos) - 40 :]
 
 
 def test_a_response_of_50000_characters_is_scored_within_the_limit_of_the_model(model_dir):

@@ -9,9 +9,9 @@ goes wrong here, and what is done about it:
 3. *Template.* The tokenizer's own chat template renders the conversation, once; a tokenizer without one is refused.
    The rendered text is tokenized without special tokens, because the template has already written them (a second BOS
    moves every score).
-4. *Scores that move with the batch.* Batches are padded here, always on the right and only to their longest row; under
-   causal attention nothing before the padding can see it, so neither the tokenizer's `padding_side` nor the batch size
-   matters.
+4. *Scores that move with the batch.* Batches are padded here, always on the right and only to their longest row: a
+   causal model cannot see the padding from before it, an encoder is kept from it by the mask. Neither the tokenizer's
+   `padding_side` nor the batch size matters.
 5. *No pad token.* transformers refuses batches then. It pools by `config.pad_token_id`, and for a single row without
    one it takes the last token. The same is had in a batch by padding with a token that ends none of its rows
    (`choose_pad_id`).
