@@ -131,6 +131,9 @@ def test_every_loss_changes_every_parameter_it_should(models, tmp_path, loss_typ
     for parameter, tensor in trainer.model.state_dict().items():
         should = name == "tied" or parameter != "language_head.weight" or LOSSES[loss_type].generative is not None
         assert torch.equal(before[parameter], tensor) is not should, parameter
+    # A parameter that no gradient reaches must be frozen, or DDP takes it for an error.
+    frozen = [parameter for parameter, tensor in trainer.model.named_parameters() if not tensor.requires_grad]
+    assert frozen == (["language_head.weight"] if name == "untied" and LOSSES[loss_type].generative is None else [])
 
 
 def test_teacher_is_never_trained_nor_part_of_the_student(models, tmp_path):

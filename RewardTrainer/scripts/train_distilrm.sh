@@ -45,4 +45,4 @@ defaults=()
 [[ "$given" == *" --config"[\ =]* ]] || defaults+=(--config "$config")
 [[ "$given" == *" --deepspeed"[\ =]* ]] || defaults+=(--deepspeed "configs/deepspeed/zero$zero.json")
 
-exec deepspeed "${launch[@]}" --no_local_rank --module RewardTrainer.train.run_reward_train "${defaults[@]}" "$@"
+exec deepspeed "${launch[@]}" --no_local_rank --module RewardTrainer.train.run_reward_train ${defaults[@]+"${defaults[@]}"} "$@"

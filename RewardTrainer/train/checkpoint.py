@@ -11,8 +11,8 @@ load it with no code of ours:
                             *.safetensors file of the directory it is given
     lm/                     `--save_lm`: the student as a stock causal LM
 
-An MLP head has no stock class: such a checkpoint carries `modeling_mlp_reward.py`, is loaded with
-`trust_remote_code=True`, and saving it says so.
+An MLP head has no stock class: such a checkpoint carries `modeling_mlp_reward.py`, and saving it says how it is loaded
+(`MLP_NOTE`).
 """
 
 import copy
@@ -35,9 +35,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from RewardTrainer.train import modeling_mlp_reward
-from RewardTrainer.train.modeling_mlp_reward import MLPRewardModel
+from RewardTrainer.train.modeling_mlp_reward import MLPRewardForSequenceClassification
 from RewardTrainer.train.student import (
     MLP_WIDTH,
     LanguageHead,
@@ -52,6 +53,10 @@ logger = logging.getLogger(__name__)
 STUDENT_FILE = "reward_student.json"
 LM_HEAD_FILE = "lm_head/model.safetensors"
 NEW_PAD_TOKEN = "<|pad|>"
+MLP_NOTE = (
+    "It loads with trust_remote_code=True only, and in vLLM with pooler_config seq_pooling_type=LAST besides "
+    "(its default for such models is the first token, which gives every conversation the same reward)"
+)
 # Names under which tokenizers ship a token that is meant for padding or for nothing, best first.
 PAD_CANDIDATES = (
     "<|pad|>",
@@ -157,6 +162,10 @@ def load_student(
         backbone, lm_head = split_causal_lm(lm)
         score = reward_head(head, config.get_text_config().hidden_size, std=config.initializer_range)
     backbone.config.pad_token_id = tokenizer.pad_token_id
+    if is_deepspeed_zero3_enabled():
+        # It loads the backbone in its own 16-bit type, keeps fp32 in the optimizer, and wants one type in the model.
+        for own in (score, lm_head) if lm_head is not None else (score,):
+            own.to(next(backbone.parameters()).dtype)
     student = RewardStudent(backbone, score, lm_head, head)
     if lm_head is not None and not language_head and not student.tied:
         lm_head.requires_grad_(False)  # no gradient would reach it, which DDP takes for an error
@@ -197,8 +206,6 @@ def _from_reward_model(
 
 def _whole(weight: torch.Tensor) -> torch.Tensor:
     """The full tensor of a parameter that ZeRO-3 may hold in parts."""
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
     if not is_deepspeed_zero3_enabled():
         return weight.detach()
     import deepspeed
@@ -231,9 +238,10 @@ def stock_model(student: RewardStudent, state: dict[str, torch.Tensor] | None = 
             model = stock_class(config)(config)
         else:
             config.reward_head_width = MLP_WIDTH
-            config.seq_pooling_type = "LAST"
-            config.auto_map = {"AutoModelForSequenceClassification": "modeling_mlp_reward.MLPRewardModel"}
-            model = MLPRewardModel(config)
+            config.auto_map = {
+                "AutoModelForSequenceClassification": "modeling_mlp_reward.MLPRewardForSequenceClassification"
+            }
+            model = MLPRewardForSequenceClassification(config)
     head = "score" if student.head == "linear" else "classifier"
     names = {f"backbone.{name}": f"{model.base_model_prefix}.{name}" for name in student.backbone.state_dict()}
     names |= {f"score.{name}": f"{head}.{name}" for name in student.score.state_dict()}
@@ -260,7 +268,7 @@ def save_student(
     tokenizer.save_pretrained(output_dir)
     if student.head == "mlp":
         shutil.copy(modeling_mlp_reward.__file__, output_dir)
-        logger.warning("%s has an MLP head: not a stock model, it loads with trust_remote_code=True only", output_dir)
+        logger.warning("%s has an MLP head: not a stock model. %s", output_dir, MLP_NOTE)
 
     lm_head = "none" if student.language_head is None else "tied" if student.tied else "own"
     if lm_head == "own":

@@ -1,5 +1,6 @@
 """A reward model with an MLP head: `AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True)`.
 
+The class name ends in ForSequenceClassification and the head is called `classifier` because vLLM goes by both.
 This file is copied into every checkpoint trained with `--head mlp` and stands alone. The classes of `transformers`
 have a linear head only, and loading such a checkpoint as one of them would leave the head at random values.
 """
@@ -10,7 +11,15 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 
-class MLPRewardModel(PreTrainedModel):
+class MLPHead(nn.Sequential):
+    """Linear - ReLU - Linear: (rows, H) -> (rows, labels)."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        # vLLM's Transformers backend hands over (rows, 1, H), as to heads that pick the first token themselves.
+        return super().forward(hidden.squeeze(1) if hidden.dim() == 3 else hidden)
+
+
+class MLPRewardForSequenceClassification(PreTrainedModel):
     """Any backbone, then Linear - ReLU - Linear on the hidden state of the last token that is not padding."""
 
     config_class = PreTrainedConfig
@@ -24,9 +33,7 @@ class MLPRewardModel(PreTrainedModel):
         self.num_labels = config.num_labels
         self.model = AutoModel.from_config(config)
         width = config.reward_head_width
-        self.classifier = nn.Sequential(
-            nn.Linear(config.hidden_size, width), nn.ReLU(), nn.Linear(width, config.num_labels)
-        )
+        self.classifier = MLPHead(nn.Linear(config.hidden_size, width), nn.ReLU(), nn.Linear(width, config.num_labels))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

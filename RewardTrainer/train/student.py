@@ -87,7 +87,7 @@ class LanguageHead(nn.Module):
 
 
 class RewardStudent(nn.Module):
-    """See the module docstring. `language_head` is None for a student without one; `head` is the reward head's kind."""
+    """See the module docstring. `language_head` may be None (no LM head); `head` is the reward head's kind."""
 
     accepts_loss_kwargs = False  # the trainer, not this forward, averages over pairs
 
