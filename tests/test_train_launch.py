@@ -54,9 +54,21 @@ def launch(world: Path, output: Path, *extra: str, zero: int, wait: bool = True)
         stderr=log,
         start_new_session=True,
     )
-    if wait and process.wait(timeout=600):
-        pytest.fail(output.with_suffix(".log").read_text(errors="replace")[-4000:])
+    if wait:
+        try:
+            code = process.wait(timeout=900)
+        except subprocess.TimeoutExpired:
+            kill(process)
+            raise
+        assert code == 0, output.with_suffix(".log").read_text(errors="replace")[-4000:]
     return process
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL for the launcher and every rank."""
+    for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+        os.kill(member.pid, signal.SIGKILL)
+    process.wait()
 
 
 def logged(output: Path) -> list[dict]:
@@ -95,9 +107,7 @@ def test_killed_and_resumed_deepspeed_run_ends_with_the_weights_of_an_uninterrup
     while last_checkpoint(output) is None:
         assert process.poll() is None, output.with_suffix(".log").read_text(errors="replace")[-4000:]
         time.sleep(0.01)
-    for member in [*psutil.Process(process.pid).children(recursive=True), process]:
-        os.kill(member.pid, signal.SIGKILL)
-    process.wait()
+    kill(process)
     assert not (output / "model.safetensors").exists(), "the run ended before it could be killed"
     launch(world, output, "--resume_from_checkpoint", "last", zero=2)
     assert "starting from the beginning" not in output.with_suffix(".log").read_text(errors="replace")
