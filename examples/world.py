@@ -1,9 +1,10 @@
 """The embedded world: a tiny domain whose truth is a function, so that every claim can be checked without a download.
 
-A prompt carries notes (attribute, value) on one thing and asks for some of them; a response states values, in one of three
-styles; its quality is the share of the asked facts that it states rightly. The order of the styles is RM-Bench's: concise,
-detailed plain, detailed markdown, the later the longer and the more decorated. In the original pairs the better response has
-the more decorated style in 80 % of the rows (the spurious cue); in the benchmark style and quality are independent.
+A prompt carries notes (attribute, value) on one thing and asks for some of them; a response states values, in one of
+three styles; its quality is the share of the asked facts that it states rightly. The styles stand in RM-Bench's order,
+concise, detailed plain, detailed markdown, the later the longer and the more decorated. In the original pairs the
+better response has the more decorated style in 80 % of the rows (the spurious cue); in the benchmark style and quality
+are independent.
 
     python examples/world.py                                          # rewrites examples/data/{pairs,benchmark}.jsonl
     python examples/world.py --pairs 6000 --seed 7 --output /some/dir # a larger world, same rules
@@ -15,25 +16,31 @@ import random
 import re
 from pathlib import Path
 
-ATTRIBUTES = (
-    "metal color shape size mood origin owner price age weight sound smell taste speed finish season"
-).split()
-VALUES = (
-    "copper silver violet orange square giant eager humble "
-    "gold zinc iron lead tin steel brass bronze red blue green pink gray black white brown cube cone disk ring star oval "
-    "tube block tiny small wide tall huge broad short deep calm glad sad proud shy bold kind stern north south east west "
-    "coast hills plain isle king queen monk baker smith clerk guard poet cheap fair dear free costly low modest steep old "
-    "new aged fresh young late early recent light heavy dense airy solid hollow medium slight loud quiet shrill dull clear "
-    "faint harsh soft sweet sour bitter salty mild sharp rich bland quick slow brisk steady idle rapid lazy swift matte "
-    "glossy rough smooth waxed raw painted carved spring summer autumn winter dawn noon dusk night"
-).split()
+# Twelve values an attribute: pairs (what a reward model is trained on) draw from the first eight, the benchmark from
+# the rest.
+VALUES = {
+    "metal": "gold zinc iron lead tin steel brass bronze copper silver nickel chrome".split(),
+    "color": "red blue green pink gray black white brown violet orange purple yellow".split(),
+    "shape": "cube cone disk ring star oval tube block square sphere prism wedge".split(),
+    "size": "tiny small wide tall huge broad short deep giant large narrow little".split(),
+    "mood": "calm glad sad proud shy bold kind stern eager humble merry grave".split(),
+    "origin": "north south east west coast hills plain isle valley desert forest island".split(),
+    "owner": "king queen monk baker smith clerk guard poet farmer sailor miner judge".split(),
+    "price": "cheap fair dear free costly low modest steep lavish pricey minimal average".split(),
+    "age": "old new aged fresh young late early recent ancient modern antique current".split(),
+    "weight": "light heavy dense airy solid hollow medium slight massive feathery hefty weighty".split(),
+    "sound": "loud quiet shrill dull clear faint harsh soft muted ringing silent noisy".split(),
+    "taste": "sweet sour bitter salty mild sharp rich bland spicy tart smoky fruity".split(),
+}
+TRAIN_VALUES = {attribute: values[:8] for attribute, values in VALUES.items()}
+TEST_VALUES = {attribute: values[8:] for attribute, values in VALUES.items()}
+WORDS = {value for values in VALUES.values() for value in values}
 THINGS = (
-    "vase clock lamp chair table coin knife spoon bell drum flute harp boat cart wheel gate door crown cup bowl plate jar "
-    "box chest mask robe boot glove hat belt map book scroll pen ink candle mirror comb brush basket ladder rope anchor "
-    "sail kite top doll puppet statue tile brick pipe pump lock key nail hammer saw plow rake shovel"
+    "vase clock lamp chair table coin knife spoon bell drum flute harp boat cart wheel gate door crown cup bowl plate "
+    "jar box chest mask robe boot glove hat belt map book scroll pen ink candle mirror comb brush basket ladder rope "
+    "anchor sail kite top doll puppet statue tile brick pipe pump lock key nail hammer saw plow rake shovel"
 ).split()
-# Pairs (what a reward model is trained on) draw from the first part, the benchmark from the held-out rest.
-TRAIN_VALUES, TEST_VALUES = VALUES[:96], VALUES[96:]
+# Likewise: the first for pairs, the rest for the benchmark.
 TRAIN_THINGS, TEST_THINGS = THINGS[:48], THINGS[48:]
 
 STYLES = ("concise", "detailed plain", "detailed markdown")
@@ -47,10 +54,12 @@ Facts = list[tuple[str, str]]
 class Item:
     """One prompt: a thing, its notes (attribute -> value) and the attributes asked for, in order."""
 
-    def __init__(self, rng: random.Random, values: list[str], things: list[str], notes: int = NOTES, asked: int = 0):
+    def __init__(
+        self, rng: random.Random, values: dict[str, list[str]], things: list[str], notes: int = NOTES, asked: int = 0
+    ):
         self.values = values
         self.thing = rng.choice(things)
-        self.notes = dict(zip(rng.sample(ATTRIBUTES, notes), rng.sample(values, notes)))
+        self.notes = {attribute: rng.choice(values[attribute]) for attribute in rng.sample(list(values), notes)}
         self.asked = rng.sample(list(self.notes), asked or rng.choice((3, 4)))
 
     @property
@@ -66,7 +75,10 @@ class Item:
         """The asked facts with `wrong` of them false."""
         mistaken = set(rng.sample(self.asked, wrong))
         return [
-            (attribute, rng.choice([v for v in self.values if v != value]) if attribute in mistaken else value)
+            (
+                attribute,
+                rng.choice([v for v in self.values[attribute] if v != value]) if attribute in mistaken else value,
+            )
             for attribute, value in self.truth
         ]
 
@@ -87,16 +99,16 @@ def render(facts: Facts, style: int) -> str:
 
 
 def stated(text: str) -> dict[str, str]:
-    """The value that follows each attribute in `text`; an attribute without a value after it is left out."""
+    """The value that follows each attribute in `text`; an attribute without one is left out."""
     words = re.findall(r"[A-Za-z]+", text)
-    return {word: after for word, after in zip(words, words[1:]) if word in ATTRIBUTES and after in VALUES}
+    return {word: after for word, after in zip(words, words[1:], strict=False) if word in VALUES and after in WORDS}
 
 
 def quality(prompt: str, response: str) -> float:
     """Share in [0, 1] of the facts asked by `prompt` that `response` states rightly: the truth of this world."""
     notes_text, question = prompt.split("\n")
     notes = stated(notes_text)
-    asked = [word for word in re.findall(r"[a-z]+", question) if word in ATTRIBUTES]
+    asked = [word for word in re.findall(r"[a-z]+", question) if word in VALUES]
     said = stated(response)
     return sum(said.get(attribute) == notes[attribute] for attribute in asked) / len(asked)
 
@@ -115,7 +127,7 @@ def gold_edit(rejected: str, teacher_response: str) -> str:
     return rejected
 
 
-def original_pair(rng: random.Random, values: list[str], things: list[str], cue_agrees: bool) -> dict:
+def original_pair(rng: random.Random, values: dict[str, list[str]], things: list[str], cue_agrees: bool) -> dict:
     """A pair whose chosen response is truly better; the more decorated one is the chosen one if `cue_agrees`."""
     item = Item(rng, values, things)
     wrong = rng.randint(1, len(item.asked))
@@ -142,7 +154,7 @@ def original_pairs(count: int, seed: int) -> list[dict]:
 
 
 def benchmark(count: int, seed: int) -> list[dict]:
-    """`count` RM-Bench rows over held-out words: one set of better and one of worse facts, each in all three styles."""
+    """`count` RM-Bench rows over held-out words: better facts and worse facts, each in all three styles."""
     rng = random.Random(f"benchmark-{seed}")
     rows = []
     for index in range(count):
@@ -168,7 +180,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=2000, help="number of original pairs")
-    parser.add_argument("--benchmark", type=int, default=400, help="number of benchmark rows")
+    parser.add_argument("--benchmark", type=int, default=500, help="number of benchmark rows")
     parser.add_argument("--seed", type=int, default=0, help="seed of both")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "data", help="directory to write to")
     args = parser.parse_args()

@@ -1,0 +1,126 @@
+"""What distillation buys in the embedded world: one table of reward models trained side by side.
+
+Makes more original pairs than the demo, runs the two teacher stages on them, and trains, for the same number of steps
+and with the same sweep of learning rates for all,
+
+    bt-original    Bradley-Terry on the original pairs, whose better response has the richer style in 80 % of the rows
+    bt-refined     Bradley-Terry on the refined pairs
+    distilrm       the whole RM-Distiller loss on the refined pairs
+
+each with several seeds. The learning rate of a recipe is the one with the lowest reward loss on its own held-out pairs
+(first seed); the benchmark has no say in it. Everything goes through the same scripts a user runs. What is finished is
+not run again.
+
+    python examples/compare.py                                        # the table in the README
+    python examples/compare.py --pairs 1000 --steps 60 --seeds 1      # a quick look
+
+Prints the table, and a last line with it as JSON.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+
+import world
+
+from distiller.records import read_rows
+from RewardTrainer.train.rows import split_by_prompt
+
+ROOT = Path(__file__).resolve().parents[1]
+HELD_OUT = 0.1
+DATA_SEED = 0  # of the split: the same prompts are held out in every run
+COLUMNS = ("easy", "normal", "hard", "mean", "pearson", "slope")
+
+
+def run(command: list[str], log: Path, threads: int | None = None) -> None:
+    """Run one of the repository's commands; what it says goes to `log`."""
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\nended with exit code {done.returncode}; see {log}")
+
+
+def make_data(folder: Path, pairs: int, seed: int) -> None:
+    """Files original, refined, scored, and held_out: the scored rows whose prompts no run trains on."""
+    original, refined, scored = (folder / f"{name}.jsonl" for name in ("original", "refined", "scored"))
+    rows = world.original_pairs(pairs, seed)
+    if not original.exists() or len(original.read_text().splitlines()) != pairs:
+        world.write_jsonl(original, rows)
+    refine = [sys.executable, "refine/refine_response_vllm.py", "--input", str(original), "--output", str(refined)]
+    score = [sys.executable, "score/cali_score_vllm.py", "--input", str(refined), "--output", str(scored)]
+    run(refine, folder / "refine.log")
+    run(score, folder / "score.log")
+    _, held_out = split_by_prompt(list(read_rows(scored, strict=True)), HELD_OUT, DATA_SEED)
+    world.write_jsonl(folder / "held_out.jsonl", held_out)
+
+
+def train_and_evaluate(folder: Path, recipe: str, rate: float, seed: int, steps: int, threads: int) -> dict:
+    """One run of one recipe: held-out reward loss, and numbers on the benchmark and the held-out refined pairs."""
+    output = folder / f"{recipe}-lr{rate:g}-seed{seed}"
+    result = output / "eval" / "results.json"
+    script = "train_distilrm.sh" if recipe == "distilrm" else "train_rm.sh"
+    train_file = folder / ("original.jsonl" if recipe == "bt-original" else "scored.jsonl")
+    if not result.exists():
+        train = ["bash", f"RewardTrainer/scripts/{script}", "--train_file", train_file, "--output_dir", output]
+        train += ["--learning_rate", rate, "--max_steps", steps, "--seed", seed]
+        train += ["--data_seed", DATA_SEED, "--eval_ratio", HELD_OUT, "--save_strategy", "no"]
+        run([str(part) for part in train], folder / "logs" / f"{output.name}.train.log", threads)
+        evaluate = ["bash", "RewardTrainer/scripts/eval_rm.sh", "--model", output, "--output_dir", output / "eval"]
+        evaluate += ["--benchmarks", f"example,{folder / 'held_out.jsonl'}"]
+        run([str(part) for part in evaluate], folder / "logs" / f"{output.name}.eval.log", threads)
+    benchmark, held_out = json.loads(result.read_text())["benchmarks"].values()
+    row = {name: benchmark["averages"][name] for name in ("easy", "normal", "hard", "mean")}
+    row |= {name: held_out["averages"][f"gap_margin_{name}"] for name in ("pearson", "slope")}
+    loss = json.loads((output / "metrics.json").read_text())["after"]["eval_loss_reward"]
+    print(f"{output.name}: held-out loss {loss:.4f}  " + "  ".join(f"{n} {v:.3f}" for n, v in row.items()), flush=True)
+    return row | {"loss": loss, "recipe": recipe, "rate": rate, "seed": seed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=8000, help="number of original pairs")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of every run")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of every recipe at its learning rate")
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="the sweep")
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / "compare", help="directory for all of it")
+    args = parser.parse_args()
+    folder = args.output.resolve()
+    make_data(folder, args.pairs, seed=1)
+
+    workers = max(1, (os.cpu_count() or 1) // 2) if (os.cpu_count() or 1) > 2 else 2
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    recipes = ("bt-original", "bt-refined", "distilrm")
+    table = {}
+    with ThreadPoolExecutor(workers) as pool:
+
+        def start(recipe: str, rate: float, seed: int):
+            return pool.submit(train_and_evaluate, folder, recipe, rate, seed, args.steps, threads)
+
+        sweep = {recipe: [start(recipe, rate, 0) for rate in args.learning_rates] for recipe in recipes}
+        best = {r: min((run.result() for run in runs), key=lambda row: row["loss"]) for r, runs in sweep.items()}
+        more = {r: [start(r, best[r]["rate"], seed) for seed in range(1, args.seeds)] for r in recipes}
+        for recipe in recipes:
+            runs = [best[recipe], *(run.result() for run in more[recipe])]
+            table[recipe] = {"learning_rate": best[recipe]["rate"], "seeds": len(runs)}
+            for name in COLUMNS:
+                values = [row[name] for row in runs]
+                table[recipe][name] = mean(values)
+                table[recipe][f"{name}_std"] = stdev(values) if len(values) > 1 else 0.0
+
+    print(f"\n{'':12}  {'rate':>7}" + "".join(f"  {name:>13}" for name in COLUMNS))
+    for recipe, row in table.items():
+        cells = "".join(f"  {row[name]:.3f} ± {row[f'{name}_std']:.3f}" for name in COLUMNS)
+        print(f"{recipe:12}  {row['learning_rate']:7g}{cells}")
+    print(json.dumps({"pairs": args.pairs, "steps": args.steps, "table": table}))
+
+
+if __name__ == "__main__":
+    main()
