@@ -214,7 +214,8 @@ def train(model, tokenizer, phases: list[tuple[int, dict]], lr: float, rng: rand
 
 def save(model, tokenizer, output: Path) -> None:
     """Saved in bfloat16: half the size, and what the models were trained to compute in."""
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    tied = "lm_head.weight"
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items() if name != tied}
     model.config.dtype = torch.bfloat16
     model.save_pretrained(output, state_dict=weights)
     tokenizer.save_pretrained(output)
