@@ -213,7 +213,13 @@ def parse_stage_args(
     config_argv = _config_argv(config, names, parser)
     parser.parse_args(config_argv)  # only to have a wrong value reported with the file it stands in
     parser.source = ""
-    args = parser.parse_args_into_dataclasses([*config_argv, *argv], look_for_args_file=False)[0]
+    args, *_, unknown = parser.parse_args_into_dataclasses(
+        [*config_argv, *argv], return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"unknown argument {' '.join(unknown)}")
+    if not any(part == "--config" or part.startswith("--config=") for part in argv):
+        print(f"configuration: {config} (the embedded example; --config names another)", file=sys.stderr)
     args.root = default_config.resolve().parents[2]  # <root>/<stage>/configs/example.yaml
     return args
 

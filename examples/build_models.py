@@ -2,8 +2,8 @@
 
 The teacher (0.9 M parameters) learns, through the example's own prompt files, what the method asks of a teacher: to
 answer, to diagnose and minimally edit a draft, to score a pair, and to score its own edit. The student (0.4 M) is a
-language model that only knows the text: it answers prompts rightly, in the styles of the world, and has never seen a
-wrong answer or a score.
+language model that only knows the text of the world: right answers in all styles, and answers that somebody looked
+over. It has never seen a preference or a score.
 
     python examples/build_models.py teacher     # about an hour on 2 cores
     python examples/build_models.py student     # about ten minutes
@@ -92,6 +92,14 @@ def strength(rng: random.Random, item: world.Item) -> Conversation:
 def plain_answer(rng: random.Random, item: world.Item) -> Conversation:
     """What the student knows: right answers in any style of the world."""
     return [("user", item.prompt, False), ("assistant", world.render(item.truth, rng.randrange(3)), True)]
+
+
+def checked_answer(rng: random.Random, item: world.Item) -> Conversation:
+    """Text that looks an answer over: what lets a language model notice a wrong fact. The answer carries no loss."""
+    facts = item.facts(rng, rng.randint(0, len(item.asked)))
+    check = f"Looked over: {verdicts(item, facts)}"
+    draft = world.render(facts, rng.randrange(3))
+    return [("user", item.prompt, False), ("assistant", draft, False), ("assistant", check, True)]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -239,7 +247,7 @@ def main() -> None:
         ]
     else:
         model = build_model(tokenizer, hidden=96, layers=3)
-        phases = [(3000, {plain_answer: (32, {})})]
+        phases = [(400, {plain_answer: (32, {})}), (3600, {plain_answer: (16, {}), checked_answer: (32, {})})]
     print(f"{args.which}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
     train(model, tokenizer, phases, 1e-3, rng, args.output or HERE / args.which)
 

@@ -28,12 +28,8 @@ from statistics import mean, stdev
 
 import world
 
-from distiller.records import read_rows
-from RewardTrainer.train.rows import split_by_prompt
-
 ROOT = Path(__file__).resolve().parents[1]
-HELD_OUT = 0.1
-DATA_SEED = 0  # of the split: the same prompts are held out in every run
+HELD_OUT = 0.1  # share of the original pairs, and of what becomes of them, that no run trains on
 COLUMNS = ("easy", "normal", "hard", "mean", "pearson", "slope")
 
 
@@ -49,17 +45,20 @@ def run(command: list[str], log: Path, threads: int | None = None) -> None:
 
 
 def make_data(folder: Path, pairs: int, seed: int) -> None:
-    """Files original, refined, scored, and held_out: the scored rows whose prompts no run trains on."""
+    """{original,scored}.{train,held_out}.jsonl: the same prompts are held out of both."""
     original, refined, scored = (folder / f"{name}.jsonl" for name in ("original", "refined", "scored"))
     rows = world.original_pairs(pairs, seed)
-    if not original.exists() or len(original.read_text().splitlines()) != pairs:
-        world.write_jsonl(original, rows)
+    world.write_jsonl(original, rows)
     refine = [sys.executable, "refine/refine_response_vllm.py", "--input", str(original), "--output", str(refined)]
     score = [sys.executable, "score/cali_score_vllm.py", "--input", str(refined), "--output", str(scored)]
     run(refine, folder / "refine.log")
     run(score, folder / "score.log")
-    _, held_out = split_by_prompt(list(read_rows(scored, strict=True)), HELD_OUT, DATA_SEED)
-    world.write_jsonl(folder / "held_out.jsonl", held_out)
+    held_out = {row["prompt"] for row in rows[: round(HELD_OUT * pairs)]}
+    for file in (original, scored):
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for part, inside in (("train", False), ("held_out", True)):
+            write = [row for row in lines if (row["prompt"] in held_out) is inside]
+            world.write_jsonl(file.with_suffix(f".{part}.jsonl"), write)
 
 
 def train_and_evaluate(folder: Path, recipe: str, rate: float, seed: int, steps: int, threads: int) -> dict:
@@ -67,14 +66,14 @@ def train_and_evaluate(folder: Path, recipe: str, rate: float, seed: int, steps:
     output = folder / f"{recipe}-lr{rate:g}-seed{seed}"
     result = output / "eval" / "results.json"
     script = "train_distilrm.sh" if recipe == "distilrm" else "train_rm.sh"
-    train_file = folder / ("original.jsonl" if recipe == "bt-original" else "scored.jsonl")
+    pairs = "original" if recipe == "bt-original" else "scored"
     if not result.exists():
-        train = ["bash", f"RewardTrainer/scripts/{script}", "--train_file", train_file, "--output_dir", output]
-        train += ["--learning_rate", rate, "--max_steps", steps, "--seed", seed]
-        train += ["--data_seed", DATA_SEED, "--eval_ratio", HELD_OUT, "--save_strategy", "no"]
+        train = ["bash", f"RewardTrainer/scripts/{script}", "--train_file", folder / f"{pairs}.train.jsonl"]
+        train += ["--eval_file", folder / f"{pairs}.held_out.jsonl", "--eval_ratio", 0, "--output_dir", output]
+        train += ["--learning_rate", rate, "--max_steps", steps, "--seed", seed, "--save_strategy", "no"]
         run([str(part) for part in train], folder / "logs" / f"{output.name}.train.log", threads)
         evaluate = ["bash", "RewardTrainer/scripts/eval_rm.sh", "--model", output, "--output_dir", output / "eval"]
-        evaluate += ["--benchmarks", f"example,{folder / 'held_out.jsonl'}"]
+        evaluate += ["--benchmarks", f"example,{folder / 'scored.held_out.jsonl'}"]
         run([str(part) for part in evaluate], folder / "logs" / f"{output.name}.eval.log", threads)
     benchmark, held_out = json.loads(result.read_text())["benchmarks"].values()
     row = {name: benchmark["averages"][name] for name in ("easy", "normal", "hard", "mean")}

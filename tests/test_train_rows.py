@@ -35,7 +35,7 @@ def test_missing_margin_is_the_difference_of_the_scores(tmp_path):
     [
         ("margin", "cali_score_vllm.py"),
         ("rejected_score", "score_orig_vllm.py"),
-        ("teacher_response", "generate_response_vllm.py"),
+        ("teacher_response", "refine_response_vllm.py"),
     ],
 )
 def test_missing_field_is_refused_with_file_row_and_command(field, command, tmp_path):

@@ -1,7 +1,7 @@
 """Evaluate a reward model: reward every response of some benchmarks, write accuracies, scores and a report.
 
     bash scripts/eval_rm.sh                    # what train_distilrm.sh made, on the embedded benchmark
-    bash scripts/eval_rm.sh --model org/reward-model --benchmarks example,../data/scored.jsonl
+    bash scripts/eval_rm.sh --model org/reward-model --benchmarks example,../data/test_pairs.jsonl
     bash scripts/eval_rm.sh --config my.yaml --max_length 2048 --dtype float32
 
 Reads any sequence-classification reward model with one label, safetensors weights and a chat template (a directory or

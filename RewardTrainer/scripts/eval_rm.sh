@@ -2,7 +2,7 @@
 # Evaluate a reward model: accuracy tables, scores and a report.
 #
 #   bash scripts/eval_rm.sh                                    # ../output/distilrm on the embedded benchmark
-#   bash scripts/eval_rm.sh --model org/reward-model --benchmarks example,../data/scored.jsonl
+#   bash scripts/eval_rm.sh --model org/reward-model --benchmarks example,../data/test_pairs.jsonl
 #   bash scripts/eval_rm.sh --help                             # every flag, and what is written
 #
 # PYTHON  the interpreter; default: python, or ../.venv's where no environment is active

@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 from trl import TrlParser
 
+from distiller.records import InputError
 from RewardTrainer.train.losses import LOSSES, check_weights
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -118,11 +119,11 @@ class DistilConfig(TrainingArguments):
         super().__post_init__()
         check_weights(self.loss_type, self.sft_weight, self.kl_weight, self.margin_scale)
         if not 0 <= self.reward_weight < float("inf"):
-            raise ValueError(f"--reward_weight {self.reward_weight}: must be a finite number, 0 or above")
+            raise InputError(f"--reward_weight {self.reward_weight}: must be a finite number, 0 or above")
         if self.kl_temperature <= 0 or self.chunk_size < 1:
-            raise ValueError("--kl_temperature must be above 0 and --chunk_size at least 1")
+            raise InputError("--kl_temperature must be above 0 and --chunk_size at least 1")
         if self.remove_unused_columns:
-            raise ValueError("--remove_unused_columns true: the collator reads every field of a pair; leave it false")
+            raise InputError("--remove_unused_columns true: the collator reads every field of a pair; leave it false")
 
 
 def parse(

@@ -37,6 +37,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from distiller.records import InputError
 from RewardTrainer.train import modeling_mlp_reward
 from RewardTrainer.train.modeling_mlp_reward import MLPRewardForSequenceClassification
 from RewardTrainer.train.student import (
@@ -93,10 +94,10 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def load_tokenizer(path: str, **load_args) -> PreTrainedTokenizerBase:
-    """The tokenizer of `path`, prepared. ValueError if it has no chat template."""
+    """The tokenizer of `path`, prepared. InputError if it has no chat template."""
     tokenizer = AutoTokenizer.from_pretrained(path, **load_args)
     if tokenizer.chat_template is None:
-        raise ValueError(
+        raise InputError(
             f"the tokenizer of {path} has no chat template, and a reward model scores conversations; "
             "save one into its tokenizer (tokenizer.chat_template = ...)"
         )
@@ -113,9 +114,9 @@ def read_student_file(path: str | Path) -> dict:
 
 
 def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The sequence-classification class of this architecture. ValueError if the library has none."""
+    """The sequence-classification class of this architecture. InputError if the library has none."""
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise ValueError(
+        raise InputError(
             f"transformers has no sequence-classification class for {type(config).__name__}: a reward model of this "
             "architecture could not be loaded by anything"
         )
@@ -144,13 +145,13 @@ def load_student(
     if is_reward_model:
         backbone, score, lm_head, head = _from_reward_model(path, config, ours, head, dtype, load_args)
         if lm_head is None and language_head:
-            raise ValueError(
+            raise InputError(
                 f"{path} is a reward model without an LM head, and this loss has generative terms: set --sft_weight 0 "
                 "--kl_weight 0 (or --loss_type margin_regression), or start from a causal LM"
             )
         if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
             if lm_head is not None and lm_head.weight is not backbone.get_input_embeddings().weight:
-                raise ValueError(f"the tokenizer of {path} outgrew its embeddings; save it with a pad token first")
+                raise InputError(f"the tokenizer of {path} outgrew its embeddings; save it with a pad token first")
             backbone.resize_token_embeddings(len(tokenizer))
             if lm_head is not None:
                 lm_head.weight = backbone.get_input_embeddings().weight
@@ -179,12 +180,12 @@ def _from_reward_model(
     """Backbone, reward head, LM head (None without one) and kind of reward head of a saved reward model."""
     kind = ours.get("head", "linear")
     if kind != head:
-        raise ValueError(f"{path} has a {kind} head: start from it with --head {kind}")
+        raise InputError(f"{path} has a {kind} head: start from it with --head {kind}")
     if kind == "linear":
         model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, **load_args)
         stored = model.score if isinstance(getattr(model, "score", None), nn.Linear) else None
         if stored is None or stored.out_features != 1 or stored.bias is not None:
-            raise ValueError(f"{path} ({type(model).__name__}) has no linear `score` head with one label and no bias")
+            raise InputError(f"{path} ({type(model).__name__}) has no linear `score` head with one label and no bias")
         backbone = model.base_model
         weights = {"weight": _whole(stored.weight)}
     else:
@@ -227,7 +228,7 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
 def stock_model(student: RewardStudent, state: dict[str, torch.Tensor] | None = None) -> PreTrainedModel:
     """The student as the model its checkpoints load as, sharing the tensors of `state`; None: on the meta device.
 
-    state: `student.state_dict()` or what a ZeRO engine gathered. Raises ValueError if backbone and head do not fill
+    state: `student.state_dict()` or what a ZeRO engine gathered. Raises InputError if backbone and head do not fill
     the stock class exactly.
     """
     config = copy.deepcopy(student.config)
@@ -247,7 +248,7 @@ def stock_model(student: RewardStudent, state: dict[str, torch.Tensor] | None = 
     names |= {f"score.{name}": f"{head}.{name}" for name in student.score.state_dict()}
     if set(names.values()) != set(model.state_dict()):
         odd = sorted(set(names.values()) ^ set(model.state_dict()))
-        raise ValueError(f"{type(model).__name__} is not this backbone and a `{head}` head: {odd[:6]}")
+        raise InputError(f"{type(model).__name__} is not this backbone and a `{head}` head: {odd[:6]}")
     if state is not None:
         model.load_state_dict({theirs: state[ours] for ours, theirs in names.items()}, assign=True)
     return model
@@ -287,7 +288,7 @@ def save_causal_lm(
 ) -> None:
     """Write the student's language model as a stock causal LM. ValueError without an LM head."""
     if student.language_head is None:
-        raise ValueError("--save_lm: this student started from a reward model and has no LM head")
+        raise InputError("--save_lm: this student started from a reward model and has no LM head")
     config = copy.deepcopy(student.config)
     with plain_loading(), torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)

@@ -32,6 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from distiller.records import InputError
+
 # Logit of an id taken out of a distribution: its probability is exactly 0, and unlike -inf it leaves 0 * (a - b) = 0.
 REMOVED = -1e30
 
@@ -67,9 +69,9 @@ LOSSES: dict[str, LossSpec] = {
 
 
 def loss_spec(loss_type: str) -> LossSpec:
-    """The entry of `LOSSES`; ValueError listing the names if there is none."""
+    """The entry of `LOSSES`; InputError listing the names if there is none."""
     if loss_type not in LOSSES:
-        raise ValueError(f"--loss_type {loss_type}: unknown; choose one of {', '.join(LOSSES)}")
+        raise InputError(f"--loss_type {loss_type}: unknown; choose one of {', '.join(LOSSES)}")
     return LOSSES[loss_type]
 
 
@@ -78,7 +80,7 @@ def check_weights(
 ) -> tuple[float, float]:
     """Weights (sft, kl) to train with; None means the loss's default, and a term the loss does not have weighs 0.
 
-    Raises ValueError for a weight or a margin scale that the chosen loss would ignore, and for a negative or infinite
+    Raises InputError for a weight or a margin scale that the chosen loss would ignore, and for a negative or infinite
     one.
     """
     spec = loss_spec(loss_type)
@@ -88,19 +90,19 @@ def check_weights(
         ("kl_weight", kl_weight, spec.kl_weight),
     ):
         if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(f"--{flag} {value:g}: must be a finite number, 0 or above")
+            raise InputError(f"--{flag} {value:g}: must be a finite number, 0 or above")
         if value and default is None:
             having = [name for name, other in LOSSES.items() if getattr(other, flag) is not None]
-            raise ValueError(
+            raise InputError(
                 f"--{flag} {value:g} would be ignored: --loss_type {loss_type} has no such term; "
                 f"remove the flag or use --loss_type {' or '.join(having)}"
             )
         weights.append(float(value if value is not None else default or 0.0))
     if not 0 < margin_scale < float("inf"):
-        raise ValueError(f"--margin_scale {margin_scale:g}: must be a finite number above 0")
+        raise InputError(f"--margin_scale {margin_scale:g}: must be a finite number above 0")
     if margin_scale != 1.0 and not spec.uses_margin:
         using = [name for name, other in LOSSES.items() if other.uses_margin]
-        raise ValueError(
+        raise InputError(
             f"--margin_scale {margin_scale:g} would be ignored: --loss_type {loss_type} has no margin; "
             f"remove the flag or use --loss_type {' or '.join(using)}"
         )

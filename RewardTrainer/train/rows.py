@@ -24,7 +24,7 @@ REMEDIES = {
     "margin": "python score/cali_score_vllm.py",
     "chosen_score": "python score/score_orig_vllm.py",
     "rejected_score": "python score/score_orig_vllm.py",
-    "teacher_response": "python refine/generate_response_vllm.py",
+    "teacher_response": "python refine/refine_response_vllm.py",
 }
 REPEATED = "came before in the file"  # in the reason that distiller.records gives for a repeated row
 
@@ -100,6 +100,11 @@ def _prompt_key(row: dict) -> str:
 def _read(
     source: str | Path, columns: Mapping[str, str] | None, required: tuple[str, ...], limit: int | None
 ) -> list[dict]:
+    if str(source).endswith((".jsonl", ".json")) and not Path(source).is_file():
+        raise InputError(
+            f"{source} does not exist (current directory: {Path.cwd()}); scored pairs are written by "
+            f"{REMEDIES['teacher_response']} and then {REMEDIES['margin']}, from the repository root"
+        )
     if Path(source).is_file() and survey(source)[0] == 0:
         raise InputError(
             f"{source}: 0 rows: every row was filtered or failed, or the stage that writes it has not run; "

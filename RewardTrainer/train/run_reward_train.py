@@ -6,7 +6,7 @@ same kind.
 
     python -m RewardTrainer.train.run_reward_train                                     # configs/train/example.yaml
     python -m RewardTrainer.train.run_reward_train --config configs/train/paper.yaml --learning_rate 2e-5
-    python -m RewardTrainer.train.run_reward_train --loss_type bt --resume_from_checkpoint last
+    python -m RewardTrainer.train.run_reward_train --resume_from_checkpoint last
 
 Relative paths are relative to the current directory; the recipes expect RewardTrainer/. Several processes: through the
 scripts (DeepSpeed launcher) or torchrun, not `accelerate launch`, which drops DeepSpeed on a CPU without a word.
@@ -235,5 +235,5 @@ def check_launch(trainer: DistilTrainer) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except InputError as fault:
+    except InputError as fault:  # what the user can mend; anything else keeps its traceback
         sys.exit(f"error: {fault}")

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 
+from distiller.records import InputError
 from RewardTrainer.train.losses import generative_losses
 
 MLP_WIDTH = 1024  # hidden layer of the MLP head, as in the paper's code
@@ -52,7 +53,7 @@ def reward_head(kind: str, hidden_size: int, std: float = 0.02) -> nn.Module:
     elif kind == "mlp":
         head = nn.Sequential(Float32Linear(hidden_size, MLP_WIDTH), nn.ReLU(), Float32Linear(MLP_WIDTH, 1)).float()
     else:
-        raise ValueError(f"--head {kind}: unknown; choose linear or mlp")
+        raise InputError(f"--head {kind}: unknown; choose linear or mlp")
     for module in head.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=std)
@@ -165,10 +166,10 @@ class RewardStudent(nn.Module):
 
 
 def split_causal_lm(lm: PreTrainedModel) -> tuple[PreTrainedModel, LanguageHead]:
-    """Backbone and LM head of a causal LM. ValueError if its logits are more than head, scale and soft cap."""
+    """Backbone and LM head of a causal LM. InputError if its logits are more than head, scale and soft cap."""
     backbone, output = lm.base_model, lm.get_output_embeddings()
     if backbone is lm or not isinstance(output, nn.Linear):
-        raise ValueError(f"{type(lm).__name__} is not a backbone with a linear LM head on top; it cannot be a student")
+        raise InputError(f"{type(lm).__name__} is not a backbone with a linear LM head on top; it cannot be a student")
     language_head = LanguageHead(output.weight, output.bias, lm.config)
     if not hf_deepspeed.is_deepspeed_zero3_enabled():  # partitioned weights cannot be run before the engine exists
         ids = torch.arange(4, device=output.weight.device).unsqueeze(0) + lm.config.vocab_size // 2
@@ -179,7 +180,7 @@ def split_causal_lm(lm: PreTrainedModel) -> tuple[PreTrainedModel, LanguageHead]
             theirs = lm(input_ids=ids, use_cache=False).logits.float()
         lm.train(training)
         if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item()):
-            raise ValueError(
+            raise InputError(
                 f"{type(lm).__name__} changes its logits after the LM head in a way that is not known here; "
                 "train it with a loss on rewards alone or choose another student"
             )

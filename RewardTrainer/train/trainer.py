@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import EvalPrediction, Trainer
 
+from distiller.records import InputError
 from RewardTrainer.train import checkpoint
 from RewardTrainer.train.losses import check_weights, loss_spec, reward_loss
 from RewardTrainer.train.student import LiveTeacher
@@ -50,7 +51,7 @@ class DistilTrainer(Trainer):
             self.args.loss_type, self.args.sft_weight, self.args.kl_weight, self.args.margin_scale
         )
         if self.kl_weight and teacher is None:
-            raise ValueError("--kl_weight above 0 needs a teacher: give --teacher_model, or --kl_weight 0")
+            raise InputError("--kl_weight above 0 needs a teacher: give --teacher_model, or --kl_weight 0")
         self.teacher = teacher
         self.shared_ids = None if shared_ids is None else shared_ids.to(self.args.device)
         self._sums: dict[str, torch.Tensor] = {}

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from distiller.records import InputError
+
 NAMED_TOKENS = 5
 
 
-class VocabularyMismatch(ValueError):
+class VocabularyMismatch(InputError):
     """The two vocabularies disagree on a token; the message names some and the way out."""
 
 
