@@ -5,8 +5,8 @@ answer, to diagnose and minimally edit a draft, to score a pair, and to score it
 language model that only knows the text of the world: right answers in all styles, and answers that somebody looked
 over. It has never seen a preference or a score.
 
-    python examples/build_models.py teacher     # about an hour on 2 cores
-    python examples/build_models.py student     # about ten minutes
+    python examples/build_models.py teacher
+    python examples/build_models.py student
 """
 
 import argparse
