@@ -218,8 +218,6 @@ def parse_stage_args(
     )
     if unknown:
         parser.error(f"unknown argument {' '.join(unknown)}")
-    if not any(part == "--config" or part.startswith("--config=") for part in argv):
-        print(f"configuration: {config} (the embedded example; --config names another)", file=sys.stderr)
     args.root = default_config.resolve().parents[2]  # <root>/<stage>/configs/example.yaml
     return args
 
