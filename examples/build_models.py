@@ -103,7 +103,7 @@ def checked_answer(rng: random.Random, item: world.Item) -> Conversation:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE (any text round-trips) in which each word of the world, with its space, is one token."""
+    """Byte-level BPE (any text round-trips, up to NFC) in which each word, with its space, is one token."""
     rng = random.Random(0)
     items = [world.Item(rng, world.VALUES, world.THINGS) for _ in range(400)]
     makers = (answer, refine_and_calibrate, strength, plain_answer)
