@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8000, help="number of original pairs")
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of every run")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every recipe at its learning rate")
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="the sweep")
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[2.5e-4, 5e-4, 1e-3], help="the sweep")
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "compare", help="directory for all of it")
     args = parser.parse_args()
     folder = args.output.resolve()
