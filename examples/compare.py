@@ -20,6 +20,7 @@ Prints the table, and a last line with it as JSON.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -33,9 +34,9 @@ HELD_OUT = 0.1  # share of the original pairs, and of what becomes of them, that
 COLUMNS = ("easy", "normal", "hard", "mean", "pearson", "slope")
 
 
-def run(command: list[str], log: Path, threads: int | None = None) -> None:
+def run(command: list[str], log: Path, threads: int) -> None:
     """Run one of the repository's commands; what it says goes to `log`."""
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
@@ -44,21 +45,29 @@ def run(command: list[str], log: Path, threads: int | None = None) -> None:
         sys.exit(f"{' '.join(command)}\nended with exit code {done.returncode}; see {log}")
 
 
-def make_data(folder: Path, pairs: int, seed: int) -> None:
-    """{original,scored}.{train,held_out}.jsonl: the same prompts are held out of both."""
-    original, refined, scored = (folder / f"{name}.jsonl" for name in ("original", "refined", "scored"))
+def make_data(folder: Path, pairs: int, seed: int, pool: ThreadPoolExecutor, parts: int, threads: int) -> None:
+    """{original,scored}.{train,held_out}.jsonl: the same prompts are held out of both. The teacher stages run on
+    `parts` parts of the pairs at once."""
     rows = world.original_pairs(pairs, seed)
-    world.write_jsonl(original, rows)
-    refine = [sys.executable, "refine/refine_response_vllm.py", "--input", str(original), "--output", str(refined)]
-    score = [sys.executable, "score/cali_score_vllm.py", "--input", str(refined), "--output", str(scored)]
-    run(refine, folder / "refine.log")
-    run(score, folder / "score.log")
+
+    def teacher_stages(part: int) -> Path:
+        original, refined, scored = (folder / f"{name}.part{part}.jsonl" for name in ("original", "refined", "scored"))
+        world.write_jsonl(original, rows[part::parts])
+        for script, source, output in (
+            ("refine/refine_response_vllm.py", original, refined),
+            ("score/cali_score_vllm.py", refined, scored),
+        ):
+            command = [sys.executable, script, "--input", str(source), "--output", str(output)]
+            run(command, folder / "logs" / f"{output.stem}.log", threads)
+        return scored
+
+    finished = list(pool.map(teacher_stages, range(parts)))
+    lines = [json.loads(line) for file in finished for line in file.read_text(encoding="utf-8").splitlines()]
     held_out = {row["prompt"] for row in rows[: round(HELD_OUT * pairs)]}
-    for file in (original, scored):
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for name, source in (("original", rows), ("scored", lines)):
         for part, inside in (("train", False), ("held_out", True)):
-            write = [row for row in lines if (row["prompt"] in held_out) is inside]
-            world.write_jsonl(file.with_suffix(f".{part}.jsonl"), write)
+            write = [row for row in source if (row["prompt"] in held_out) is inside]
+            world.write_jsonl(folder / f"{name}.{part}.jsonl", write)
 
 
 def train_and_evaluate(folder: Path, recipe: str, rate: float, seed: int, steps: int, threads: int) -> dict:
@@ -92,13 +101,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "compare", help="directory for all of it")
     args = parser.parse_args()
     folder = args.output.resolve()
-    make_data(folder, args.pairs, seed=1)
 
-    workers = max(1, (os.cpu_count() or 1) // 2) if (os.cpu_count() or 1) > 2 else 2
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    cores = os.cpu_count() or 1
+    workers = min(4, max(2, cores // 2))
+    threads = max(1, cores // workers)
+    parts = 1 if shutil.which("nvidia-smi") else workers  # on a GPU one engine takes most of its memory
     recipes = ("bt-original", "bt-refined", "distilrm")
     table = {}
     with ThreadPoolExecutor(workers) as pool:
+        make_data(folder, args.pairs, 1, pool, parts, threads)
 
         def start(recipe: str, rate: float, seed: int):
             return pool.submit(train_and_evaluate, folder, recipe, rate, seed, args.steps, threads)

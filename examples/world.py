@@ -2,9 +2,9 @@
 
 A prompt carries notes (attribute, value) on one thing and asks for some of them; a response states values, in one of
 three styles; its quality is the share of the asked facts that it states rightly. The styles stand in RM-Bench's order,
-concise, detailed plain, detailed markdown, the later the longer and the more decorated. In the original pairs the
-better response has the more decorated style in 80 % of the rows (the spurious cue); in the benchmark style and quality
-are independent.
+concise, detailed plain, detailed markdown, the later the richer and, in tokens, the longer. In the original pairs the
+better response has the richer style in 80 % of the rows (the spurious cue); in the benchmark style and quality are
+independent.
 
     python examples/world.py                                          # rewrites examples/data/{pairs,benchmark}.jsonl
     python examples/world.py --pairs 6000 --seed 7 --output /some/dir # a larger world, same rules
