@@ -147,7 +147,7 @@ def test_example_keeps_the_order_of_the_row_and_pairs_every_style_with_every_sty
     (item,) = example.load(tmp_path).items
     assert list(item.responses) == styled(0)["chosen"] + styled(0)["rejected"]
     assert item.pairs() == [(right, wrong) for right in range(3) for wrong in range(3, 6)]
-    summary = example.summarize([item], [[1, 2, 3, 1, 2, 3]])
+    summary = example.load(tmp_path).summarize([item], [[1, 2, 3, 1, 2, 3]])
     assert summary["averages"] == {"easy": 1.0, "normal": 0.0, "hard": 0.0, "mean": pytest.approx(1 / 3)}
     assert summary["overall"] == summary["averages"]["mean"]
 

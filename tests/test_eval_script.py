@@ -57,8 +57,9 @@ def test_the_script_scores_benchmark_and_preference_file_and_writes_what_it_prom
     assert all(set(part) == {"subsets", "averages", "overall"} for part in results["benchmarks"].values())
     counts = results["counts"][pairs]
     assert len(counts.pop("skipped_rows")) == 2
-    expected = {"rows": 11, "scored": 9, "skipped": 2, "responses": 18, "truncated": 2, "responses_cut": 0}
-    assert counts == {**expected, "pairs": 9, "tied_pairs": counts["tied_pairs"]}
+    expected = {"rows": 11, "scored": 9, "counted": 9, "skipped": 2, "responses": 18, "empty_responses": 0}
+    expected |= {"truncated": 2, "responses_cut": 0, "pairs": 9, "short_subsets": {}}
+    assert counts == {**expected, "tied_pairs": counts["tied_pairs"]}
     assert "line 9: field `rejected` is empty" in done.stderr
     assert "2 conversations longer than 256 tokens" in done.stderr
 
@@ -205,4 +206,5 @@ def test_the_report_of_one_pair_with_equal_rewards_is_drawn(tmp_path):
     counts = {"rows": 1, "scored": 1, "skipped": 0, "skipped_rows": [], "pairs": 1}
     evaluation = Evaluation(benchmark, benchmark.items, scores, benchmark.summarize(benchmark.items, scores), counts)
     assert "None." in build_report("model", [evaluation])
-    assert accuracy_table(evaluation).splitlines()[2].split() == ["-", "-", "-", "0.000"]
+    table = accuracy_table("pairs", evaluation.summary, "1 row")
+    assert table.splitlines()[2].split() == ["-", "-", "-", "0.000"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distiller.records import InputError, dump_line
-from RewardTrainer.eval.benchmarks.base import Benchmark, Item
+from RewardTrainer.eval.base import Benchmark, Item
 
 if TYPE_CHECKING:  # metrics, tables and report need no torch
     from RewardTrainer.eval.scoring import Scorer
@@ -26,7 +26,8 @@ class Evaluation:
     summary: dict
     """subsets, averages, overall."""
     counts: dict
-    """rows, scored, skipped, skipped_rows (messages), responses, truncated, responses_cut, pairs, tied_pairs."""
+    """rows, scored, counted, skipped, skipped_rows (messages), responses, empty_responses, truncated, responses_cut,
+    pairs, tied_pairs, short_subsets."""
 
 
 def evaluate(benchmark: Benchmark, scorer: Scorer, show_progress: bool = False) -> Evaluation:
@@ -56,18 +57,22 @@ def evaluate(benchmark: Benchmark, scorer: Scorer, show_progress: bool = False) 
     rewards = iter(scorer.score([row.ids for row in encoded], progress=benchmark.name if show_progress else None))
     scores = [[next(rewards) for _ in item.responses] for item in items]
     gaps = pair_gaps(items, scores)
+    summary = benchmark.summarize(items, scores)
     counts = {
         "rows": len(items) + len(skipped),
         "scored": len(items),
+        "counted": sum(row["n"] for row in summary["subsets"].values()),
         "skipped": len(skipped),
         "skipped_rows": skipped,
         "responses": len(encoded),
+        "empty_responses": sum(not response.strip() for item in items for response in item.responses),
         "truncated": sum(row.truncated for row in encoded),
         "responses_cut": sum(row.response_cut for row in encoded),
         "pairs": len(gaps),
         "tied_pairs": sum(gap == 0 for gap in gaps),
+        "short_subsets": benchmark.short_subsets(items),
     }
-    return Evaluation(benchmark, items, scores, benchmark.summarize(items, scores), counts)
+    return Evaluation(benchmark, items, scores, summary, counts)
 
 
 def _answer(response: str) -> dict[str, str]:
@@ -104,28 +109,54 @@ def write_scores(path: Path, evaluations: Sequence[Evaluation]) -> None:
                     file.write(dump_line(line))
 
 
-def accuracy_table(evaluation: Evaluation) -> str:
-    """The benchmark's numbers as plain text: its averages in one row, then its subsets if there is more than one."""
-    counts = evaluation.counts
-    lines = [f"{evaluation.benchmark.name}: {counts['scored']} of {counts['rows']} rows, {counts['pairs']} pairs"]
-    columns = average_columns(evaluation.summary)
-    widths = [max(len(name), 7) for name in columns]
-    lines.append("  " + "  ".join(name.rjust(width) for name, width in zip(columns, widths, strict=True)))
-    values = columns.values()
-    lines.append("  " + "  ".join(shown(value).rjust(width) for value, width in zip(values, widths, strict=True)))
-    subsets = evaluation.summary["subsets"]
+def accuracy_table(name: str, summary: dict, rows: str) -> str:
+    """A benchmark's numbers as plain text: its averages in one row, then its subsets if there is more than one.
+
+    Args:
+        name: the benchmark's
+        summary: subsets, averages, overall
+        rows: what was counted, for the first line
+    """
+    lines = [f"{name}: {rows}", *_columns([list(average_columns(summary)), [*map(shown, _values(summary))]])]
+    subsets = summary["subsets"]
     if len(subsets) > 1:
-        width = max(len(name) for name in subsets)
-        lines += [f"  {name.ljust(width)}  {shown(row['accuracy'])}  n={row['n']}" for name, row in subsets.items()]
+        names = [column for column in next(iter(subsets.values())) if column != "n"]
+        cells = [["", *(_title(column) for column in names), "n"]]
+        cells += [
+            [subset, *(shown(row[column]) for column in names), str(row["n"])] for subset, row in subsets.items()
+        ]
+        lines += _columns(cells)
     return "\n".join(lines)
+
+
+def _columns(rows: list[list[str]]) -> list[str]:
+    """Cells right-aligned under each other (the first one left, where the header has none)."""
+    widths = [max(7, *(len(row[index]) for row in rows)) for index in range(len(rows[0]))]
+    first_left = not rows[0][0]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(width) if first_left and index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
 
 
 def average_columns(summary: dict) -> dict[str, float | None]:
     """Column title -> value: the averages, and the overall figure unless an average called mean already is it."""
-    columns = {name.replace("_", " ").capitalize(): value for name, value in summary["averages"].items()}
+    columns = {_title(name): value for name, value in summary["averages"].items()}
     if "Mean" not in columns:
         columns["Overall"] = summary["overall"]
     return columns
+
+
+def _values(summary: dict) -> list[float | None]:
+    return list(average_columns(summary).values())
+
+
+def _title(name: str) -> str:
+    return name[:1].upper() + name[1:].replace("_", " ")
 
 
 def shown(value: float | None) -> str:

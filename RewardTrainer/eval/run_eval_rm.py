@@ -122,8 +122,14 @@ def _report_counts(evaluation: Evaluation, max_length: int, seconds: float) -> N
             f"prompt; in {counts['responses_cut']} of them the response lost its beginning too",
             file=sys.stderr,
         )
+    if counts["empty_responses"]:
+        print(f"{name}: {counts['empty_responses']} responses are empty, and were rewarded as such", file=sys.stderr)
     if counts["tied_pairs"]:
-        print(f"{name}: {counts['tied_pairs']} of {counts['pairs']} pairs tied, counted as wrong", file=sys.stderr)
+        print(f"{name}: {counts['tied_pairs']} of {counts['pairs']} pairs tied", file=sys.stderr)
+    if counts["counted"] < counts["scored"]:
+        print(f"{name}: {counts['scored'] - counts['counted']} rows cannot count without another row", file=sys.stderr)
+    for subset, rows in counts["short_subsets"].items():
+        print(f"{name}: {subset} has {rows} rows; averages are over what is there", file=sys.stderr)
 
 
 def main() -> None:
@@ -132,7 +138,12 @@ def main() -> None:
         evaluations = run(arguments)
     except InputError as fault:
         sys.exit(f"error: {fault}")
-    print("\n\n".join(accuracy_table(evaluation) for evaluation in evaluations))
+    tables = []
+    for evaluation in evaluations:
+        counts = evaluation.counts
+        rows = f"{counts['counted']} of {counts['rows']} rows, {counts['pairs']} pairs"
+        tables.append(accuracy_table(evaluation.benchmark.name, evaluation.summary, rows))
+    print("\n\n".join(tables))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,24 @@
 """Benchmarks by name.
 
-A benchmark is one file with `load(data_dir) -> Benchmark` (see `base.py`) and its line in `BENCHMARKS`.
+A benchmark is one file here: a function `load(data_dir) -> Benchmark` under `@register(name)`, its rows and its metric
+(see `RewardTrainer/eval/base.py`, and `ifbench.py` for a short one). Every module of this package is imported, so
+adding a benchmark is adding its file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import pkgutil
 from pathlib import Path
 
 from distiller.records import InputError
-from RewardTrainer.eval.benchmarks import example, preference
-from RewardTrainer.eval.benchmarks.base import Benchmark, Item
+from RewardTrainer.eval.base import Benchmark
+from RewardTrainer.eval.benchmarks.registry import BENCHMARKS, register
 
-__all__ = ["BENCHMARKS", "Benchmark", "Item", "load_benchmark"]
+__all__ = ["BENCHMARKS", "load_benchmark", "register"]
 
-BENCHMARKS: dict[str, Callable[[Path | None], Benchmark]] = {
-    "example": example.load,
-}
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 
 def load_benchmark(name: str, data_dir: Path | None) -> Benchmark:
@@ -25,9 +27,11 @@ def load_benchmark(name: str, data_dir: Path | None) -> Benchmark:
     Raises:
         InputError: neither a known name nor a file, or its data cannot be read
     """
+    from RewardTrainer.eval.benchmarks import preference
+
     if name in BENCHMARKS:
         return BENCHMARKS[name](data_dir)
     if Path(name).is_file():
         return preference.load(Path(name))
-    known = ", ".join(BENCHMARKS)
+    known = ", ".join(sorted(BENCHMARKS))
     raise InputError(f"--benchmarks {name}: neither a benchmark ({known}) nor a preference file that exists")

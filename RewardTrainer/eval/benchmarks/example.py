@@ -11,23 +11,29 @@ from __future__ import annotations
 from pathlib import Path
 
 from distiller.records import InputError, prompt_messages, read_rows, response_text
-from RewardTrainer.eval.benchmarks.base import Benchmark, Item, read_items
-from RewardTrainer.eval.metrics import style_levels, style_matrix
+from RewardTrainer.eval.base import Benchmark, Item, Metric, read_items
+from RewardTrainer.eval.benchmarks.combine import Means, Sizes
+from RewardTrainer.eval.benchmarks.registry import register
+from RewardTrainer.eval.benchmarks.rm_bench import COLUMNS as VALUES
+from RewardTrainer.eval.benchmarks.rm_bench import STYLES, verdict_levels
+from RewardTrainer.eval.metrics import style_levels_by_row
 
 EMBEDDED = Path(__file__).resolve().parents[3] / "examples" / "data" / "benchmark.jsonl"
-STYLES = 3
-COLUMNS = {"chosen_styles": "chosen", "rejected_styles": "rejected"}
+RENAMED = {"chosen_styles": "chosen", "rejected_styles": "rejected"}
 """Under their own names the reader would take the lists for conversations."""
 
 
+@register("example")
 def load(data_dir: Path | None) -> Benchmark:
     """Raises InputError if the file cannot be read."""
     path = EMBEDDED
     if data_dir is not None and (data_dir / "example").is_dir():
         path = data_dir / "example" / "benchmark.jsonl"
-    rows = read_rows(path, COLUMNS, required={"prompt": "", "chosen_styles": "", "rejected_styles": ""})
+    rows = read_rows(path, RENAMED, required={"prompt": "", "chosen_styles": "", "rejected_styles": ""})
     items, skipped = read_items(rows, make_item)
-    return Benchmark("example", str(path), items, skipped, summarize)
+    by_scores = Metric(style_levels_by_row, combine, VALUES)
+    by_verdicts = Metric(verdict_levels, combine, VALUES)
+    return Benchmark("example", str(path), items, skipped, by_scores, by_verdicts)
 
 
 def make_item(row: dict, where: str) -> Item:
@@ -45,18 +51,16 @@ def make_item(row: dict, where: str) -> Item:
 def _styles(row: dict, name: str) -> list[str]:
     responses = row[name]
     if not isinstance(responses, list) or len(responses) != STYLES or not all(isinstance(r, str) for r in responses):
-        raise InputError(f"field `{COLUMNS[name]}` must be a list of {STYLES} strings")
+        raise InputError(f"field `{RENAMED[name]}` must be a list of {STYLES} strings")
     for index, response in enumerate(responses):
         try:
             response_text(response)
         except InputError as fault:
-            raise InputError(f"field `{COLUMNS[name]}[{index}]` {fault}") from fault
+            raise InputError(f"field `{RENAMED[name]}[{index}]` {fault}") from fault
     return responses
 
 
-def summarize(items: list[Item], scores: list[list[float]]) -> dict:
+def combine(means: Means, sizes: Sizes) -> tuple[dict[str, float], float]:
     """Easy, normal, hard and their mean; see `metrics.style_levels`."""
-    levels = style_levels(style_matrix([row[:STYLES] for row in scores], [row[STYLES:] for row in scores]))
-    mean = sum(levels.values()) / len(levels)
-    subsets = {"example": {"accuracy": mean, "n": len(items)}}
-    return {"subsets": subsets, "averages": {**levels, "mean": mean}, "overall": mean}
+    row = means["example"]
+    return {**{level: row[level] for level in VALUES[1:]}, "mean": row["accuracy"]}, row["accuracy"]

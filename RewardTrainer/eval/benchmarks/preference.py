@@ -7,18 +7,21 @@ gap follows it).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from distiller.records import InputError, prompt_messages, read_rows, response_text
-from RewardTrainer.eval.benchmarks.base import Benchmark, Item, read_items
-from RewardTrainer.eval.metrics import gap_margin_agreement, strict_accuracy
+from RewardTrainer.eval.base import Benchmark, Item, Metric, Scores, read_items
+from RewardTrainer.eval.benchmarks.combine import PAIR_VERDICTS, over_rows
+from RewardTrainer.eval.metrics import all_pairs_strict, gap_margin_agreement
 
 
 def load(path: Path) -> Benchmark:
     """Raises InputError if the file cannot be read."""
     rows = read_rows(path, required={"prompt": "", "chosen": "", "rejected": ""}, optional=("margin",))
     items, skipped = read_items(rows, make_item)
-    return Benchmark(str(path), str(path), items, skipped, summarize)
+    by_scores = Metric(all_pairs_strict, over_rows, extra=margins)
+    return Benchmark(str(path), str(path), items, skipped, by_scores, PAIR_VERDICTS)
 
 
 def make_item(row: dict, where: str) -> Item:
@@ -52,25 +55,11 @@ def _margin(value: float | None) -> float | None:
         raise InputError("field `margin` is too large for a number") from fault
 
 
-def summarize(items: list[Item], scores: list[list[float]]) -> dict:
-    """Strict accuracy by subset; overall is the mean over all pairs, whatever their subset.
-
-    With margins (on all rows or some), also how the gap follows them on the rows that have one.
-    """
-    by_subset: dict[str, list[list[float]]] = {}
-    for item, row in zip(items, scores, strict=True):
-        by_subset.setdefault(item.subset, []).append(row)
-    subsets = {name: {"accuracy": _accuracy(rows), "n": len(rows)} for name, rows in by_subset.items()}
-    averages: dict[str, float | None] = {}
-    if len(subsets) > 1:
-        averages["mean_of_subsets"] = sum(subset["accuracy"] for subset in subsets.values()) / len(subsets)
-    with_margin = [
-        (row[0] - row[1], item.margin) for item, row in zip(items, scores, strict=True) if item.margin is not None
+def margins(items: Sequence[Item], scores: Sequence[Scores]) -> dict[str, float | None]:
+    """How the gap follows the margin on the rows that have one; {} where none has."""
+    both = [
+        (row[0] - row[1], item.margin)
+        for item, row in zip(items, scores, strict=True)
+        if item.margin is not None and None not in row
     ]
-    if with_margin:
-        averages |= gap_margin_agreement([gap for gap, _ in with_margin], [margin for _, margin in with_margin])
-    return {"subsets": subsets, "averages": averages, "overall": _accuracy(scores)}
-
-
-def _accuracy(rows: list[list[float]]) -> float:
-    return strict_accuracy([row[0] for row in rows], [row[1] for row in rows])
+    return gap_margin_agreement([gap for gap, _ in both], [margin for _, margin in both]) if both else {}
