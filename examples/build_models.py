@@ -102,6 +102,15 @@ def checked_answer(rng: random.Random, item: world.Item) -> Conversation:
     return [("user", item.prompt, False), ("assistant", draft, False), ("assistant", check, True)]
 
 
+def mended_answer(rng: random.Random, item: world.Item) -> Conversation:
+    """The same look in an editor's words, which name only what is wrong."""
+    facts = item.facts(rng, rng.randint(0, len(item.asked)))
+    wrong = [attribute for attribute, value in facts if item.notes[attribute] != value]
+    check = f"Looked over: {'mend ' + ', '.join(wrong) if wrong else 'nothing to mend'}."
+    draft = world.render(facts, rng.randrange(3))
+    return [("user", item.prompt, False), ("assistant", draft, False), ("assistant", check, True)]
+
+
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE (any text round-trips, up to NFC) in which each word, with its space, is one token."""
     rng = random.Random(0)
@@ -247,7 +256,8 @@ def main() -> None:
         ]
     else:
         model = build_model(tokenizer, hidden=96, layers=3)
-        phases = [(400, {plain_answer: (32, {})}), (3600, {plain_answer: (16, {}), checked_answer: (32, {})})]
+        mix = {plain_answer: (12, {}), checked_answer: (12, {}), mended_answer: (24, {})}
+        phases = [(400, {plain_answer: (32, {})}), (9600, mix)]
     print(f"{args.which}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
     train(model, tokenizer, phases, 1e-3, rng, args.output or HERE / args.which)
 
