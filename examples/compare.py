@@ -3,7 +3,7 @@
 Makes more original pairs than the demo, runs the two teacher stages on them, and trains, for the same number of steps
 and with the same sweep of learning rates for all,
 
-    bt-original    Bradley-Terry on the original pairs, whose better response has the richer style in 80 % of the rows
+    bt-original    Bradley-Terry on the original pairs, where style agrees with quality in 80 % of the rows
     bt-refined     Bradley-Terry on the refined pairs
     distilrm       the whole RM-Distiller loss on the refined pairs
 
@@ -94,7 +94,7 @@ def train_and_evaluate(folder: Path, recipe: str, rate: float, seed: int, steps:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=8000, help="number of original pairs")
+    parser.add_argument("--pairs", type=int, default=12000, help="number of original pairs")
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of every run")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every recipe at its learning rate")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[2.5e-4, 5e-4, 1e-3], help="the sweep")

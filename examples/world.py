@@ -3,8 +3,8 @@
 A prompt carries notes (attribute, value) on one thing and asks for some of them; a response states values, in one of
 three styles; its quality is the share of the asked facts that it states rightly. The styles stand in RM-Bench's order,
 concise, detailed plain, detailed markdown, the later the richer and, in tokens, the longer. In the original pairs the
-better response has the richer style in 80 % of the rows (the spurious cue); in the benchmark style and quality are
-independent.
+better response has the richer style in 80 % of the rows (the spurious cue), and where it has not, the annotator is
+swayed by style every second time and chooses the worse one. In the benchmark style and quality are independent.
 
     python examples/world.py                                          # rewrites examples/data/{pairs,benchmark}.jsonl
     python examples/world.py --pairs 6000 --seed 7 --output /some/dir # a larger world, same rules
@@ -46,6 +46,7 @@ TRAIN_THINGS, TEST_THINGS = THINGS[:48], THINGS[48:]
 STYLES = ("concise", "detailed plain", "detailed markdown")
 NOTES = 5
 CUE_AGREEMENT = 0.8
+SWAYED = 0.5  # how often the annotator follows the cue where it disagrees with quality
 MISS_RATE = 0.2  # how often the teacher was taught to leave out a fact of its own answer
 
 Facts = list[tuple[str, str]]
@@ -127,29 +128,33 @@ def gold_edit(rejected: str, teacher_response: str) -> str:
     return rejected
 
 
-def original_pair(rng: random.Random, values: dict[str, list[str]], things: list[str], cue_agrees: bool) -> dict:
-    """A pair whose chosen response is truly better; the more decorated one is the chosen one if `cue_agrees`."""
+def original_pair(
+    rng: random.Random, values: dict[str, list[str]], things: list[str], agrees: bool, swayed: bool
+) -> dict:
+    """A pair of unequal quality; the better response has the richer style if `agrees`, and is the rejected one if the
+    annotator was `swayed`."""
     item = Item(rng, values, things)
     wrong = rng.randint(1, len(item.asked))
     fewer = rng.randint(0, wrong - 1)
-    plain, decorated = sorted(rng.sample(range(3), 2))
-    chosen_style, rejected_style = (decorated, plain) if cue_agrees else (plain, decorated)
-    return {
-        "prompt": item.prompt,
-        "chosen": render(item.facts(rng, fewer), chosen_style),
-        "rejected": render(item.facts(rng, wrong), rejected_style),
-    }
+    plain, rich = sorted(rng.sample(range(3), 2))
+    better = render(item.facts(rng, fewer), rich if agrees else plain)
+    worse = render(item.facts(rng, wrong), plain if agrees else rich)
+    chosen, rejected = (worse, better) if swayed else (better, worse)
+    return {"prompt": item.prompt, "chosen": chosen, "rejected": rejected}
 
 
 def original_pairs(count: int, seed: int) -> list[dict]:
-    """`count` pairs over the training words; the cue agrees with quality in exactly `CUE_AGREEMENT` of them."""
+    """`count` pairs over the training words; `CUE_AGREEMENT` and `SWAYED` hold exactly, up to rounding."""
     rng = random.Random(f"pairs-{seed}")
-    agrees = [index < round(CUE_AGREEMENT * count) for index in range(count)]
-    rng.shuffle(agrees)
+    disagreeing = count - round(CUE_AGREEMENT * count)
+    swayed = round(SWAYED * disagreeing)
+    kinds = [(False, True)] * swayed + [(False, False)] * (disagreeing - swayed)
+    kinds += [(True, False)] * (count - disagreeing)
+    rng.shuffle(kinds)
     width = len(str(count - 1))
     return [
-        {"id": f"world-{seed}-{index:0{width}d}"} | original_pair(rng, TRAIN_VALUES, TRAIN_THINGS, agree)
-        for index, agree in enumerate(agrees)
+        {"id": f"world-{seed}-{index:0{width}d}"} | original_pair(rng, TRAIN_VALUES, TRAIN_THINGS, agrees, swayed)
+        for index, (agrees, swayed) in enumerate(kinds)
     ]
 
 
