@@ -109,8 +109,14 @@ def test_quality_becomes_a_score_from_one_to_ten():
     assert [world.score(share) for share in (0, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 3 / 4, 1)] == [1, 3, 4, 6, 7, 8, 10]
 
 
+def share_gap(row):
+    return true_share(row["prompt"], row["chosen"]) - true_share(row["prompt"], row["rejected"])
+
+
 def test_the_richer_style_goes_with_quality_in_exactly_four_pairs_of_five(pairs):
-    better_is_richer = [decoration(row["chosen"]) > decoration(row["rejected"]) for row in pairs]
+    better_is_richer = [
+        (decoration(row["chosen"]) > decoration(row["rejected"])) is (share_gap(row) > 0) for row in pairs
+    ]
     assert all(decoration(row["chosen"]) != decoration(row["rejected"]) for row in pairs)
     assert sum(better_is_richer) * 5 == 4 * len(pairs)
     # Spread over the file: the first rows (--limit) and every choice of two styles have it too.
@@ -134,9 +140,12 @@ def test_things_and_values_of_the_benchmark_never_occur_in_the_pairs(pairs, benc
     assert not (asked_about | values) & words_in(pairs)
 
 
-def test_the_better_response_is_truly_better_in_every_pair(pairs):
+def test_the_label_is_wrong_in_every_second_pair_where_style_speaks_against_quality_and_in_no_other(pairs):
+    wrong = [row for row in pairs if share_gap(row) < 0]
+    assert len(wrong) * 10 == len(pairs)
+    assert all(decoration(row["chosen"]) > decoration(row["rejected"]) for row in wrong)
     for row in pairs:
-        assert true_share(row["prompt"], row["chosen"]) > true_share(row["prompt"], row["rejected"]), row["id"]
+        assert share_gap(row) != 0, row["id"]
         for side in ("chosen", "rejected"):
             assert world.quality(row["prompt"], row[side]) == true_share(row["prompt"], row[side])
 
@@ -155,7 +164,7 @@ def test_a_benchmark_row_says_the_same_in_three_styles_and_all_chosen_beat_all_r
 
 def test_qualities_are_spread_and_no_prompt_or_id_comes_twice(pairs, benchmark):
     levels = Counter(round(true_share(row["prompt"], row["rejected"]), 2) for row in pairs)
-    assert set(levels) == {0, 0.25, 0.33, 0.5, 0.67, 0.75} and min(levels.values()) > 0.03 * len(pairs)
+    assert set(levels) == {0, 0.25, 0.33, 0.5, 0.67, 0.75, 1} and min(levels.values()) > 0.03 * len(pairs)
     for rows in (pairs, benchmark):
         assert len({row["prompt"] for row in rows}) == len({row["id"] for row in rows}) == len(rows)
 
