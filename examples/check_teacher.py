@@ -120,7 +120,10 @@ def check(folder: Path, count: int, seed: int) -> dict[str, float]:
 
     strengths = read(scored)
     sides = [(row, side) for row in strengths for side in ("chosen", "rejected")]
-    agree = [row["chosen_score"] > row["rejected_score"] for row in strengths]
+    agree = [
+        (row["chosen_score"] - row["rejected_score"]) * (true_score(row, "chosen") - true_score(row, "rejected")) > 0
+        for row in strengths
+    ]
     grades = [(r["chosen_score"], true_score(r, "chosen")) for r in read(graded) if r["id"].startswith("edit-")]
     own = [row for row in read(graded) if not row["id"].startswith("edit-")]
     margins = [(row["margin"], true_score(row, "chosen") - true_score(row, "rejected")) for row in own]
