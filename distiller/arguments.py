@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Mapping
@@ -136,6 +137,8 @@ class StageArguments:
                 raise InputError(
                     f"--{name} {value} is out of range (from {low:g}{'' if high is None else f' to {high}'})"
                 )
+        if os.path.isdir(self.output):
+            raise InputError(f"--output {self.output} is a directory: name a file in it, such as out.jsonl")
         sources = {os.path.realpath(name) for name in self.named(*self.INPUT_FIELDS, *self.PROMPT_FIELDS)}
         for suffix in ("", ".filtered.jsonl", ".failed.jsonl", ".manifest.json"):
             if os.path.realpath(self.output + suffix) in sources:
@@ -188,9 +191,16 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
 class _Parser(TrlParser):
     source = ""
     """The configuration file, while its values are being parsed."""
+    lines: ClassVar[dict[str, int]] = {}
+    """In which line of it each key stands."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {self.source}{message} (--help lists all arguments)\n")
+        place = ""
+        if self.source:
+            key = re.match(r"unknown key `(\w+)`|argument --(\w+)", message)
+            line = self.lines.get(key[1] or key[2]) if key else None
+            place = f"{self.source}, line {line}: " if line else f"{self.source}: "
+        self.exit(2, f"{self.prog}: {place}{message} (--help lists all arguments)\n")
 
 
 def parse_stage_args(
@@ -208,9 +218,9 @@ def parse_stage_args(
     )
     argv = sys.argv[1:] if argv is None else argv
     config = parser.parse_known_args(argv)[0].config
-    parser.source = f"{config}: "
-    names = [f.name for f in dataclasses.fields(cls) if f.init]
-    config_argv = _config_argv(config, names, parser)
+    parser.source = config
+    lists = {f.name: "list" in str(f.type) for f in dataclasses.fields(cls) if f.init}
+    config_argv = _config_argv(config, lists, parser)
     parser.parse_args(config_argv)  # only to have a wrong value reported with the file it stands in
     parser.source = ""
     args, *_, unknown = parser.parse_args_into_dataclasses(
@@ -222,10 +232,14 @@ def parse_stage_args(
     return args
 
 
-def _config_argv(path: str, names: list[str], parser: _Parser) -> list[str]:
-    """A configuration file as command-line arguments, so that both are checked alike. `null` leaves the default."""
+def _config_argv(path: str, lists: Mapping[str, bool], parser: _Parser) -> list[str]:
+    """A configuration file as command-line arguments, so that both are checked alike. `null` leaves the default;
+    `lists` tells of every argument whether it takes several values."""
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        text = Path(path).read_text(encoding="utf-8")
+        config = yaml.safe_load(text) or {}
+        if config and isinstance(config, dict):
+            parser.lines = {key.value: key.start_mark.line + 1 for key, _ in yaml.compose(text).value}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
         parser.error(f"cannot be read: {fault}")
     if not isinstance(config, dict):
@@ -234,9 +248,13 @@ def _config_argv(path: str, names: list[str], parser: _Parser) -> list[str]:
         os.environ[name] = str(value)
     argv = []
     for name, value in config.items():
-        if name not in names:
-            near = difflib.get_close_matches(str(name), names, n=1)
+        if name not in lists:
+            near = difflib.get_close_matches(str(name), lists, n=1)
             parser.error(f"unknown key `{name}`" + (f", did you mean `{near[0]}`?" if near else ""))
+        if isinstance(value, list) and not lists[name]:
+            parser.error(f"argument --{name}: takes one value, not a list")
+        if isinstance(value, dict) and not name.endswith("_kwargs"):
+            parser.error(f"argument --{name}: takes one value, not a mapping")
         if isinstance(value, list):
             argv += [f"--{name}", *(str(item) for item in value)]
         elif value is not None:

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from jinja2 import TemplateError
 
 from distiller.arguments import StageArguments, flag, parse_stage_args
-from distiller.dry_run import Preview, dry_run, first_ask
+from distiller.dry_run import CountTokens, Preview, dry_run, first_ask
 from distiller.engine import EngineDead, TeacherEngine
 from distiller.manifest import Manifest, made_with
 from distiller.records import BadRow, InputError, parse_columns, read_rows, survey
@@ -100,21 +100,23 @@ def run(
     stage: str,
     required: Mapping[str, str] | None = None,
     optional: tuple[str, ...] = (),
+    ranges: Mapping[str, tuple[float, float]] | None = None,
     rows: Callable[[], list[dict | BadRow]] | None = None,
     preview: Preview | None = None,
     input_from: str = "",
 ) -> int:
     """Run a stage from its arguments; returns the exit code, everything there is to say printed.
 
-    `make_work(args)` builds the stage's work (it may raise PromptError or InputError). `required` and `optional`
-    fields are those of `read_rows`: required ones map to the command that makes them. `rows` replaces the reading of
-    `--input` for a stage that joins several files (name them in INPUT_FIELDS). `preview` gives --dry_run all
+    `make_work(args)` builds the stage's work (it may raise PromptError or InputError). `required`, `optional` and
+    `ranges` are those of `read_rows`: required fields map to the command that makes them. `rows` replaces the reading
+    of `--input` for a stage that joins several files (name them in INPUT_FIELDS). `preview` gives --dry_run all
     conversations of a row instead of the first one. `input_from` is the command that makes the input file, said when
     there is none.
     """
     try:
         with stop_signals():
-            return _run(args, make_work, stage, required or {}, optional, rows, preview, input_from)
+            reading = {"required": required, "optional": optional, "ranges": ranges}
+            return _run(args, make_work, stage, reading, rows, preview, input_from)
     except (InputError, PromptError) as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 1
@@ -131,7 +133,7 @@ def run(
     return code
 
 
-def _run(args, make_work, stage, required, optional, rows, preview, input_from) -> int:
+def _run(args, make_work, stage, reading, rows, preview, input_from) -> int:
     args.validate()
     if args.trust_remote_code:
         print(f"warning: --trust_remote_code runs Python code of {args.model} on this machine", file=sys.stderr)
@@ -139,18 +141,14 @@ def _run(args, make_work, stage, required, optional, rows, preview, input_from) 
         if input_from and Path(name).suffix in (".json", ".jsonl") and not Path(name).exists():
             raise InputError(f"{name} does not exist; to make it, run: {input_from}")
     work = make_work(args)
-    surveys = {name: survey(name) for name in args.named(*args.INPUT_FIELDS)}  # (rows, hash) of each input
-    if rows:
-        source = rows()
-        total = len(source)
-    else:
-        source = read_rows(args.input, parse_columns(args.columns), args.limit, required=required, optional=optional)
-        total = min(surveys[args.input][0], args.limit or sys.maxsize)
+    source = rows() if rows else read_rows(args.input, parse_columns(args.columns), args.limit, **reading)
     if args.dry_run:
         count_tokens, how = token_counter(args)
-        dry_run(source, preview or first_ask(work), count_tokens, args.max_tokens, how)
+        dry_run(source, preview or first_ask(work), count_tokens, args.max_tokens, how, args.seed)
         return 0
     next(iter(source), None)  # a file that does not fit is refused before the output is touched
+    surveys = {name: survey(name) for name in args.named(*args.INPUT_FIELDS)}  # (rows, hash) of each input
+    total = len(source) if rows else min(surveys[args.input][0], args.limit or sys.maxsize)
     identity = args.identity(stage, {name: digest for name, (_, digest) in surveys.items()})
     manifest = Manifest(identity, {**made_with(), "base_url": _without_secrets(args.base_url)})
     summary = run_stage(
@@ -168,9 +166,9 @@ def _run(args, make_work, stage, required, optional, rows, preview, input_from) 
     return summary.exit_code
 
 
-def token_counter(args: StageArguments) -> tuple[Callable[[list[dict]], int], str]:
-    """(tokens of a conversation, how they are counted), by the teacher's tokenizer; for a server without a tokenizer
-    here by length."""
+def token_counter(args: StageArguments) -> tuple[CountTokens, str]:
+    """(what counts the tokens of conversations, how it does), by the teacher's tokenizer; for a server without a
+    tokenizer here by length."""
     from transformers import AutoTokenizer  # some seconds, and only --dry_run needs it
 
     try:
@@ -181,17 +179,22 @@ def token_counter(args: StageArguments) -> tuple[Callable[[list[dict]], int], st
         if not args.base_url:
             raise InputError(f"the tokenizer of {args.model} cannot be loaded: {fault}") from fault
         return (
-            lambda messages: sum(len(m["content"]) for m in messages) // 4
+            lambda conversations: [sum(len(m["content"]) for m in messages) // 4 for messages in conversations]
         ), "at 4 characters a token: no tokenizer here"
 
-    def count(messages: list[dict]) -> int:
+    def render(messages: list[dict]) -> str | None:
         try:
-            tokens = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, **args.template_kwargs
+            return tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, **args.template_kwargs
             )
-        except TemplateError as fault:
-            raise InputError(f"the chat template of {args.model} refuses a conversation: {fault}") from fault
-        return len(tokens["input_ids"])
+        except TemplateError:
+            return None
+
+    def count(conversations: list[list[dict]]) -> list[int | None]:
+        texts = [render(messages) for messages in conversations]
+        # All at once, which takes every core; the template writes special tokens itself.
+        ids = iter(tokenizer([text or "" for text in texts], add_special_tokens=False)["input_ids"] if texts else [])
+        return [None if text is None else len(tokens) for text, tokens in zip(texts, ids, strict=True)]
 
     return count, "by the teacher's own tokenizer"
 

@@ -6,15 +6,41 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from distiller.engine import Ask
 from distiller.records import BadRow, InputError
 
-SAMPLE = 200
-"""Rows whose tokens are counted; the rest is estimated from them."""
+SAMPLE = 10_000
+"""Rows whose tokens are counted; the rest is estimated from them. Rendering and counting them takes seconds."""
+CHUNK = 500
+"""Conversations counted at once; their token ids are held no longer than that."""
 SHOWN = 2
+BAD_SHOWN = 3
 Preview = Callable[[dict], list[list[dict]]]
 """The conversations a row will need, stand-ins where a reply is not known yet."""
+CountTokens = Callable[[list[list[dict]]], list[int | None]]
+"""Tokens of each of several conversations; None for one that the chat template refuses."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is known of a run before it: the rows exactly, the rest from a sample.
+
+    A total is (estimate, half width of its 95 % interval); the half width is 0 where every row was counted.
+    """
+
+    good: int
+    bad: int
+    asks: tuple[float, float]
+    """When every reply can be parsed at the first try."""
+    prompt_tokens: tuple[float, float]
+    sampled: int
+    refused: int
+    """Sampled rows with a conversation that the chat template refuses."""
+    shown: list[dict]
+    """The first good rows."""
+    bad_shown: list[BadRow]
 
 
 def first_ask(work: Callable[[dict], Iterable[Ask]]) -> Preview:
@@ -27,42 +53,61 @@ def first_ask(work: Callable[[dict], Iterable[Ask]]) -> Preview:
     return preview
 
 
-def dry_run(
-    rows: Iterable[dict | BadRow],
-    preview: Preview,
-    count_tokens: Callable[[list[dict]], int],
-    max_tokens: int,
-    how: str,
-) -> None:
-    """Print the report. `count_tokens` takes a conversation; `how` says in words how it counts."""
+def estimate(
+    rows: Iterable[dict | BadRow], preview: Preview, count_tokens: CountTokens, *, seed: int, sample_size: int = SAMPLE
+) -> Estimate:
+    """Read every row, count the tokens of a uniform sample of the good ones (reservoir sampling, so that the order of
+    the file does not matter: its first rows may be its shortest)."""
     good, bad = 0, 0
-    sample: list[dict] = []  # uniform over all good rows (reservoir sampling), so that a sorted file does not mislead
-    draw = random.Random(0)
-    shown = []
+    sample: list[dict] = []
+    draw = random.Random(seed)
+    shown, bad_shown = [], []
     for row in rows:
         if isinstance(row, BadRow):
             bad += 1
+            if len(bad_shown) < BAD_SHOWN:
+                bad_shown.append(row)
             continue
         good += 1
         if len(shown) < SHOWN:
             shown.append(row)
-        if len(sample) < SAMPLE:
+        if len(sample) < sample_size:
             sample.append(row)
-        elif (place := draw.randrange(good)) < SAMPLE:
+        elif (place := draw.randrange(good)) < sample_size:
             sample[place] = row
-    tokens_by_row = [[count_tokens(conversation) for conversation in _conversations(row, preview)] for row in sample]
-    asks = total_with_interval([len(tokens) for tokens in tokens_by_row], good)
-    prompt_tokens = total_with_interval([sum(tokens) for tokens in tokens_by_row], good)
-    for row in shown:
+    asks, tokens, refused = [], [], 0
+    for start in range(0, len(sample), CHUNK):
+        conversations = [_conversations(row, preview) for row in sample[start : start + CHUNK]]
+        counts = iter(count_tokens([conversation for several in conversations for conversation in several]))
+        for several in conversations:
+            counted = [next(counts) for _ in several]
+            asks.append(len(several) - counted.count(None))
+            tokens.append(sum(count for count in counted if count is not None))
+            refused += None in counted
+    totals = total_with_interval(asks, good), total_with_interval(tokens, good)
+    return Estimate(good, bad, *totals, len(sample), refused, shown, bad_shown)
+
+
+def dry_run(
+    rows: Iterable[dict | BadRow], preview: Preview, count_tokens: CountTokens, max_tokens: int, how: str, seed: int
+) -> None:
+    """Print the report. `how` says in words how tokens are counted."""
+    found = estimate(rows, preview, count_tokens, seed=seed)
+    for row in found.shown:
         for number, conversation in enumerate(_conversations(row, preview), 1):
             print(f"--- row {row['id']}, ask {number}")
             for message in conversation:
                 print(f"[{message['role']}]\n{message['content']}")
     print("---")
-    print(f"rows: {good + bad} ({good} to run, {bad} that cannot be used)")
-    print(f"asks: {_said(asks)}, when every reply can be parsed at the first try")
-    print(f"prompt tokens: {_said(prompt_tokens)}, from {len(sample)} rows, {how}")
-    print(f"completion tokens: at most {asks[0] * max_tokens:,.0f} (max_tokens {max_tokens} each)")
+    for row in found.bad_shown:
+        print(f"bad row: {row}")
+    print(f"rows: {found.good + found.bad} ({found.good} to run, {found.bad} that cannot be used)")
+    if found.refused:
+        print(f"refused by the chat template: {found.refused} of {found.sampled} rows; they will fail")
+    print(f"asks: {_said(found.asks)}, when every reply can be parsed at the first try")
+    print(f"prompt tokens: {_said(found.prompt_tokens)}, from {found.sampled} rows, {how}")
+    most = sum(found.asks) * max_tokens
+    print(f"completion tokens: at most {most:,.0f} (max_tokens {max_tokens} each)")
 
 
 def _conversations(row: dict, preview: Preview) -> list[list[dict]]:
@@ -89,6 +134,6 @@ def total_with_interval(sample: list[int], population: int) -> tuple[float, floa
     return mean * population, 1.96 * population * math.sqrt(variance / size * correction)
 
 
-def _said(estimate: tuple[float, float]) -> str:
-    total, half = estimate
-    return f"{total:,.0f} +- {half:,.0f} (95 %)" if half else f"{total:,.0f}"
+def _said(total: tuple[float, float]) -> str:
+    value, half = total
+    return f"{value:,.0f} +- {half:,.0f} (95 % interval)" if half else f"{value:,.0f}"

@@ -23,21 +23,39 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from distiller.fields import Unfit, check_field, kind_of, prompt_messages, response_text, split_conversations
+from distiller.sources import InputError, lines
+
+__all__ = [
+    "BadRow",
+    "InputError",
+    "Rows",
+    "dump_line",
+    "id_key",
+    "parse_columns",
+    "prompt_messages",
+    "read_rows",
+    "response_text",
+    "row_id",
+    "survey",
+]
+
 RAW_LIMIT = 2000
 """Characters of a bad line that are kept."""
 MISFIT_ROWS = 100
 """A file whose first rows (this many, or all where it is shorter) are bad for one and the same reason is refused as a
 whole: it is the wrong file, and failing each of its rows would only hide that."""
 
-RESPONSE_FIELDS = ("chosen", "rejected", "response", "teacher_response", "refined_response", "original_chosen")
-NUMBER_FIELDS = ("chosen_score", "rejected_score", "original_chosen_score", "margin", "edit_similarity")
+DEEPEST = 100
+"""Levels of nesting in a row. Python's own limit comes between reading a row and writing it: a row read at 985 levels
+could not be written."""
 IDENTITY_FIELDS = ("prompt", "chosen", "rejected", "response", "model")
-ROLES = ("system", "user", "assistant", "tool")
 
 
-class InputError(ValueError):
-    """The user's input or request cannot be used; the message names file, line, field and remedy where there are
-    any."""
+_REPEATED_ID = Unfit("field `id` came before in the file", "give every row an id of its own, or drop the repetition")
+_REPEATED_CONTENT = Unfit(
+    "this content came before in the file, and the row has no `id`", "drop the repetition, or give both an id"
+)
 
 
 @dataclass(frozen=True)
@@ -69,56 +87,79 @@ class Rows:
     required: Mapping[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
     strict: bool = False
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[dict | BadRow]:
-        rows = islice(self._checked(), self.limit)
+        unseen = dict(self.columns)
+        rows = islice(self._checked(unseen), self.limit)
         head = list(islice(rows, MISFIT_ROWS))
         if not head:
-            raise InputError(f"{self.source} has no rows")
+            raise InputError(
+                f"{self.source} has no rows; where a command of this repository wrote it, "
+                f"{self.source}.failed.jsonl and {self.source}.filtered.jsonl say what became of them"
+            )
         first = head[0]
         if isinstance(first, BadRow) and all(isinstance(r, BadRow) and r.reason == first.reason for r in head):
             raise InputError(f"{first} (all of the first {len(head)} rows: the file does not fit this command)")
+        for ours, theirs in unseen.items():
+            raise InputError(
+                f"{self.source}, lines 1 to {len(head)}: no row has a field `{theirs}`; "
+                f"correct --columns {ours}={theirs}, or leave it out"
+            )
         for part in (head, rows):
             for row in part:
                 if self.strict and isinstance(row, BadRow):
                     raise InputError(str(row))
                 yield row
 
-    def _checked(self) -> Iterator[dict | BadRow]:
+    def _checked(self, unseen: dict[str, str]) -> Iterator[dict | BadRow]:
+        """Every row, good or bad; takes the columns it meets out of `unseen`."""
         seen: set[int] = set()  # 8-byte hashes of ids, not the rows
-        for number, line in _lines(self.source):
-            reason, remedy, row = "", "", None
-            try:
-                row = _parse(line)
+        for number, line in lines(self.source):
+            row, fault = _parse(line)
+            if row is not None:
+                for ours in [ours for ours, theirs in unseen.items() if theirs in row]:
+                    del unseen[ours]
                 _rename(row, self.columns)
-                _split_conversations(row)
-            except InputError as fault:
-                reason = str(fault)
-            row_key, fault_of_id = _own_id(row, number)
-            reason = reason or fault_of_id
-            for name in (*self.required, *self.optional) if not reason else ():
-                if row.get(name) is None:
-                    if name in self.required:
-                        column = f" (column `{self.columns[name]}`)" if name in self.columns else ""
-                        reason, remedy = f"field `{name}`{column} is missing", self.required[name]
-                else:
-                    try:
-                        _check_field(name, row[name])
-                    except InputError as fault:
-                        reason = f"field `{name}` {fault}"
-                if reason:
-                    break
-            if id_key(row_key) in seen:
-                reason = reason or "this id, or this same content without an id, came before in the file"
-                while id_key(row_key) in seen:
-                    row_key = f"{row_key}#{number}"
-            seen.add(id_key(row_key))
-            if reason:
+            key, fault_of_id = _own_id(row, number)
+            fault = fault or fault_of_id or self._fault(row)
+            if id_key(key) in seen:
+                fault = fault or (_REPEATED_ID if row.get("id") is not None else _REPEATED_CONTENT)
+                while id_key(key) in seen:
+                    key = f"{key}#{number}"
+            seen.add(id_key(key))
+            if fault:
                 raw = line.decode("utf-8", "backslashreplace")[:RAW_LIMIT]
-                remedy = f"to get it, run: {remedy}" if remedy else ""
-                yield BadRow(row_key, self.source, number, reason, remedy, raw)
+                yield BadRow(key, self.source, number, fault.reason, fault.remedy, raw)
             else:
-                yield {**row, "id": row_key}
+                yield {**row, "id": key}
+
+    def _fault(self, row: dict) -> Unfit | None:
+        """What is wrong with the row's fields; conversations in it are split in place."""
+        try:
+            split_conversations(row)
+        except Unfit as fault:
+            return fault
+        for name in (*self.required, *self.optional):
+            value = row.get(name)
+            if value is None and name in self.required:
+                return self._missing(name, row)
+            try:
+                if value is not None:
+                    check_field(name, value, self.ranges.get(name))
+            except Unfit as fault:
+                return fault.within(name)
+        return None
+
+    def _missing(self, name: str, row: dict) -> Unfit:
+        column = f" (column `{self.columns[name]}`)" if name in self.columns else ""
+        if command := self.required[name]:
+            remedy = f"to get it, run: {command}"
+        elif name in row:
+            remedy = "give it a value, or leave the row out"
+        else:
+            remedy = f"the row has {_listed(row)}: rename one of them (--columns), or leave the row out"
+        return Unfit(f"field `{name}`{column} is {'null' if name in row else 'missing'}", remedy)
 
 
 def read_rows(
@@ -129,24 +170,28 @@ def read_rows(
     required: Mapping[str, str] | None = None,
     optional: tuple[str, ...] = (),
     strict: bool = False,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> Rows:
     """The rows of a JSONL file, a JSON array or a hub dataset (`owner/name` or `owner/name:split`, split "train" by
     default).
 
     `columns` maps our field names to the source's: `{"prompt": "instruction"}`. `required` maps each field that must
-    be there to the command that makes it (or ""); `optional` names those that are checked where present. `limit` takes
-    the first rows. A row without an id gets `row_id`; an id must be a non-empty string or an int, which is kept as its
-    string. Of two rows with one id the first keeps it, the later one is bad. Blank lines are skipped, CRLF and a
-    byte-order mark accepted; a JSON array is read whole, JSONL line by line. Raises InputError (on iteration) for a
-    missing, empty or wholly unfit file, and for any bad row if `strict`.
+    be there to the command that makes it (or ""); `optional` names those that are checked where present; `ranges` has
+    the lowest and the highest value of a number. `limit` takes the first rows. A row without an id gets `row_id`; an
+    id must be a non-empty string or an int, which is kept as its string. Of two rows with one id the first keeps it,
+    the later one is bad. Blank lines are skipped, CRLF and a byte-order mark accepted; a JSON array is read whole,
+    JSONL line by line. Raises InputError (on iteration) for a missing, empty or wholly unfit file, for a column that
+    no row has, and for any bad row if `strict`.
     """
-    return Rows(str(source), dict(columns or {}), limit, dict(required or {}), tuple(optional), strict)
+    return Rows(
+        str(source), dict(columns or {}), limit, dict(required or {}), tuple(optional), strict, dict(ranges or {})
+    )
 
 
 def survey(source: str | Path) -> tuple[int, str]:
     """(number of rows, bad ones included; sha256 hex of their text) of a source, read through once."""
     count, digest = 0, hashlib.sha256()
-    for _, line in _lines(str(source)):
+    for _, line in lines(str(source)):
         count += 1
         digest.update(line + b"\n")
     return count, digest.hexdigest()
@@ -186,94 +231,61 @@ def dump_line(row: Mapping) -> bytes:
         return (json.dumps(row, allow_nan=False) + "\n").encode("ascii")
 
 
-def prompt_messages(prompt: str | list[dict]) -> list[dict]:
-    """`[{"role", "content"}, ...]`: a string is one user message, a list is checked and copied. Raises InputError."""
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    messages = _messages(prompt)
-    if messages[-1]["role"] == "assistant":
-        raise InputError("ends with an assistant message: there is nothing left to answer")
-    if not messages[-1]["content"].strip():
-        raise InputError("is empty")
-    return messages
+class _NotFinite(ValueError):
+    """NaN or an infinite number, which Python reads and JSON does not have."""
 
 
-def response_text(response: str | list[dict]) -> str:
-    """The text of a response: itself, or that of `[{"role": "assistant", "content": text}]`. Raises InputError."""
-    if not isinstance(response, str):
-        messages = _messages(response)
-        if len(messages) != 1 or messages[0]["role"] != "assistant":
-            raise InputError("must be one assistant message")
-        response = messages[0]["content"]
-    if not response.strip():
-        raise InputError("is empty")
-    return _text(response)
-
-
-def _lines(source: str) -> Iterator[tuple[int, bytes]]:
-    """(number, text) of every row, from 1, whatever the form of the source; nothing is parsed for JSONL."""
-    path = Path(source)
-    if not path.is_file():
-        yield from _hub_lines(source)
-        return
-    with path.open("rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        file.seek(0)
-        array = _array(file.read()) if start.startswith(b"[") else None
-        if array is not None:
-            yield from ((number, json.dumps(element).encode("ascii")) for number, element in enumerate(array, 1))
-            return
-        file.seek(0)
-        for number, line in enumerate(file, 1):
-            line = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip(b" \t\r\n")
-            if line:
-                yield number, line
-
-
-def _array(text: bytes) -> list | None:
-    """The elements, or None where the text is not one JSON array (then it is taken for lines)."""
-    try:
-        return json.loads(text.removeprefix(b"\xef\xbb\xbf"))
-    except (ValueError, RecursionError):
-        return None
-
-
-def _hub_lines(source: str) -> Iterator[tuple[int, bytes]]:
-    name, _, split = (source, "", "") if Path(source).is_dir() else source.partition(":")
-    path = Path(name)
-    if not path.is_dir() and (path.suffix in (".jsonl", ".json") or path.is_absolute() or name.startswith(".")):
-        raise InputError(f"{source} does not exist")
-    import datasets  # takes a second, and only hub data needs it
-
-    try:
-        rows = datasets.load_dataset(name, split=split or "train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as fault:
-        raise InputError(f"{source} is no file here, and the hub does not give it as a dataset: {fault}") from fault
-    for number, row in enumerate(rows, 1):
-        yield number, json.dumps(row, default=str).encode("ascii")
-
-
-def _not_json(constant: str) -> float:
-    raise InputError("a number is NaN or infinite")
+def _not_finite(constant: str) -> float:
+    raise _NotFinite
 
 
 def _finite(text: str) -> float:
     number = float(text)
-    return number if math.isfinite(number) else _not_json(text)
+    return number if math.isfinite(number) else _not_finite(text)
 
 
-def _parse(line: bytes) -> dict:
+def _parse(line: bytes) -> tuple[dict | None, Unfit | None]:
+    """(the object, None where there is none; what is wrong)"""
+    fault = None
     try:
-        row = json.loads(line.decode("utf-8"), parse_constant=_not_json, parse_float=_finite)
-    except InputError:
-        raise
-    except UnicodeDecodeError as fault:
-        raise InputError("not valid UTF-8") from fault
-    except (ValueError, RecursionError) as fault:
-        raise InputError("not valid JSON") from fault
+        text = line.decode("utf-8")
+        try:
+            row = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
+        except _NotFinite:
+            row = json.loads(text)
+            names = [name for name, value in row.items() if _has_not_finite(value)] if isinstance(row, dict) else []
+            fault = Unfit(f"field `{names[0]}` is NaN or infinite", "write a number, or null") if names else None
+    except UnicodeDecodeError as error:
+        return None, Unfit("not valid UTF-8", f"byte {error.start + 1} of the line; save the file as UTF-8")
+    except (ValueError, RecursionError) as error:
+        if b"\0" in line:
+            return None, Unfit("has NUL bytes", "the file was damaged, or is no UTF-8 text: write the line again")
+        where = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+        return None, Unfit("not valid JSON", f"{where}; write one whole JSON object a line")
+    if line.count(b"{") + line.count(b"[") > DEEPEST and _deeper_than(row, DEEPEST):
+        return None, Unfit("not valid JSON", f"nested more than {DEEPEST} deep: write it flatter")
     if not isinstance(row, dict):
-        raise InputError("not a JSON object")
-    return row
+        return None, Unfit("not a JSON object", f'a line is {{"prompt": ..., ...}}, not {kind_of(row)}')
+    return row, fault
+
+
+def _has_not_finite(value: object) -> bool:
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(map(_has_not_finite, parts))
+
+
+def _deeper_than(value: object, levels: int) -> bool:
+    level = [value]
+    for _ in range(levels):
+        parents = [item for item in level if isinstance(item, dict | list)]
+        level = [part for item in parents for part in (item.values() if isinstance(item, dict) else item)]
+    return any(isinstance(item, dict | list) for item in level)
+
+
+def _listed(row: Mapping) -> str:
+    return ", ".join(f"`{name}`" for name in list(row)[:12]) or "no fields"
 
 
 def _rename(row: dict, columns: Mapping[str, str]) -> None:
@@ -284,76 +296,16 @@ def _rename(row: dict, columns: Mapping[str, str]) -> None:
     row.update(values)
 
 
-def _split_conversations(row: dict) -> None:
-    """Turn whole conversations in `chosen` / `rejected` into `prompt` and one assistant message each, in place.
-
-    Beside a `prompt` that they do not begin with they are left as they are: a stage that needs them will say so.
-    """
-    whole = {}
-    for name in ("chosen", "rejected"):
-        if isinstance(row.get(name), list) and len(row[name]) > 1:
-            try:
-                whole[name] = _messages(row[name])
-            except InputError as fault:
-                raise InputError(f"field `{name}` {fault}") from fault
-    if row.get("prompt") is None and whole:
-        first, *others = whole.values()
-        size = min(len(messages) for messages in whole.values()) - 1
-        for other in others:
-            size = next((i for i in range(size) if first[i] != other[i]), size)
-        if not size:
-            raise InputError("`chosen` and `rejected` have no prompt in common")
-        row["prompt"] = first[:size]
-    try:
-        prompt = prompt_messages(row["prompt"]) if whole else []
-    except InputError as fault:
-        raise InputError(f"field `prompt` {fault}") from fault
-    for name, messages in whole.items():
-        if messages[:-1] == prompt:
-            row[name] = messages[-1:]
-
-
-def _own_id(row: dict | None, number: int) -> tuple[str, str]:
-    """(id, what is wrong with it or "")"""
+def _own_id(row: dict | None, number: int) -> tuple[str, Unfit | None]:
+    """(id, what is wrong with it)"""
     if row is None:
-        return f"line-{number}", ""
+        return f"line-{number}", None
     identifier = row.get("id")
     if identifier is None:
-        return row_id(row), ""
+        return row_id(row), None
     if isinstance(identifier, int) and not isinstance(identifier, bool):
-        return str(identifier), ""
+        return str(identifier), None
     if isinstance(identifier, str) and identifier:
-        return identifier, ""
-    return f"line-{number}", "field `id` must be a non-empty string or an integer"
-
-
-def _check_field(name: str, value: object) -> None:
-    if name == "prompt":
-        prompt_messages(value)
-    elif name in RESPONSE_FIELDS:
-        response_text(value)
-    elif name in NUMBER_FIELDS and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise InputError(f"must be a number, not {type(value).__name__}")
-
-
-def _messages(value: object) -> list[dict]:
-    if not isinstance(value, list):
-        raise InputError(f"must be a string or a list of messages, not {type(value).__name__}")
-    if not value:
-        raise InputError("is empty")
-    messages = []
-    for message in value:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise InputError(f"has a message without a role out of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
-            raise InputError("has a message whose content is not a string")
-        messages.append({"role": message["role"], "content": _text(message["content"])})
-    return messages
-
-
-def _text(text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as fault:  # tokenizers and servers take UTF-8 alone
-        raise InputError("has a lone surrogate, which is no character") from fault
-    return text
+        return identifier, None
+    remedy = f"it is {kind_of(identifier)}: write a string, or leave it out to have one made from the content"
+    return f"line-{number}", Unfit("field `id` must be a non-empty string or an integer", remedy)

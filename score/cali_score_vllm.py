@@ -44,6 +44,8 @@ from refine.conversation import REFINE_PROMPT, REFINE_VARIABLES, refine_messages
 from score.conversation import (
     CALIBRATE_PROMPT,
     CALIBRATE_VARIABLES,
+    HIGHEST,
+    LOWEST,
     STRENGTH_PROMPT,
     STRENGTH_VARIABLES,
     both_orders,
@@ -52,7 +54,6 @@ from score.conversation import (
     read_score,
     score_text,
     strength_messages,
-    usable_score,
 )
 
 REFINE_COMMAND = "python refine/refine_response_vllm.py"
@@ -108,8 +109,6 @@ def make_work(args: CaliScoreArguments) -> Work:
     samples = args.num_score_samples if args.score_mode == "mean" else 1
 
     def work(row: dict) -> RowWork:
-        if not isinstance(row["diagnosis"], str):
-            return Failed("field `diagnosis` must be a string")
         if row.get("rejected_score") is None:
             chosen, rejected = response_text(row["chosen"]), response_text(row["rejected"])
             grades = yield from grade_in_both_orders(
@@ -119,8 +118,6 @@ def make_work(args: CaliScoreArguments) -> Work:
                 return grades
             chosen_score, rejected_score = both_orders(grades)
             row = {**row, "chosen_score": chosen_score, "rejected_score": rejected_score, "grades_by_order": grades}
-        elif not usable_score(row["rejected_score"]):
-            return Failed(f"rejected_score {row['rejected_score']} is not on the teacher's scale from 1 to 10")
 
         messages = calibrated_messages(refinement, calibrate, row, row["rejected_score"])
         score = yield from mean_score(messages, samples, args, row["id"])
@@ -193,6 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         stage="cali_score",
         required={"prompt": "", "chosen": "", "rejected": "", **made_by_refine},
         optional=("chosen_score", "rejected_score"),
+        ranges={"rejected_score": (LOWEST, HIGHEST)},
         preview=partial(preview, args),
         input_from=REFINE_COMMAND,
     )

@@ -6,7 +6,6 @@ Pure functions, no engine and no files. Every grade is on one scale, 1 to 10, hi
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Generator, Iterable
@@ -71,12 +70,6 @@ def read_strength(reply: Completion) -> tuple[float, float]:
 def read_score(reply: Completion) -> float:
     """`parse_score` of a completion, cut ones included. Raises ParseError."""
     return parse_score(reply.text)
-
-
-def usable_score(value: object) -> bool:
-    """Whether a record's score is a number on the scale (a JSON file may hold anything)."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and LOWEST <= value <= HIGHEST
 
 
 def score_text(score: float) -> str:

@@ -175,7 +175,7 @@ BAD_PAIRS = [
     (b'{"id": "latin", "prompt": "caf\xe9", "chosen": "c", "rejected": "r"}', None, "not valid UTF-8"),
     ("[1, 2]", None, "not a JSON object"),
     ({"id": "no rejected", "prompt": "p", "chosen": "c"}, "no rejected", "field `rejected` is missing"),
-    ({"id": "null", **PAIR, "chosen": None}, "null", "field `chosen` is missing"),
+    ({"id": "null", **PAIR, "chosen": None}, "null", "field `chosen` is null"),
     ({"id": "empty", **PAIR, "rejected": ""}, "empty", "field `rejected` is empty"),
     ({"id": "blank", **PAIR, "chosen": " \n\t"}, "blank", "field `chosen` is empty"),
     (
@@ -200,7 +200,7 @@ BAD_PAIRS = [
         "half",
         "field `prompt` has a lone surrogate",
     ),
-    ('{"id": "nan", "prompt": "p", "chosen": "c", "rejected": "r", "margin": NaN}', None, "a number is NaN"),
+    ('{"id": "nan", "prompt": "p", "chosen": "c", "rejected": "r", "margin": NaN}', "nan", "field `margin` is NaN"),
     ({"id": ["list"], **PAIR}, None, "field `id` must be"),
     (
         {"id": "long prompt", **PAIR, "prompt": LONG},
@@ -218,11 +218,11 @@ BAD_REFINED = [
     ('{"id": "torn", "prompt": ', None, "not valid JSON"),
     ({"id": "unrefined", **PAIR, "teacher_response": "t"}, "unrefined", "field `diagnosis` is missing"),
     ({"id": "no edit", **PAIR, **SCORED, "refined_response": " "}, "no edit", "field `refined_response` is empty"),
-    ({"id": "said eleven", **PAIR, **SCORED, "rejected_score": 11}, "said eleven", "rejected_score 11 is not on the"),
+    ({"id": "said eleven", **PAIR, **SCORED, "rejected_score": 11}, "said eleven", "`rejected_score` is outside"),
     (
         {"id": "in words", **PAIR, **SCORED, "rejected_score": "four"},
         "in words",
-        "field `rejected_score` must be a number, not str",
+        "field `rejected_score` must be a number, not a string",
     ),
     ({"id": "talk", **PAIR, **SCORED, "diagnosis": ["d"]}, "talk", "field `diagnosis` must be a string"),
     (

@@ -24,7 +24,6 @@ from score.conversation import (
     parse_strength,
     score_text,
     teacher_report,
-    usable_score,
 )
 
 # -------------------------------------------------------------------------------------------------------------- grades
@@ -105,11 +104,6 @@ def test_a_broken_last_grade_is_not_replaced_by_an_earlier_one(reply):
 def test_strength_needs_both_grades(reply):
     with pytest.raises(ParseError):
         parse_strength(reply)
-
-
-def test_only_numbers_on_the_scale_are_usable_in_a_record():
-    assert all(usable_score(value) for value in (1, 10, 7.5))
-    assert not any(usable_score(value) for value in (0, 11, "7", None, True, float("nan"), [7]))
 
 
 def test_a_score_is_told_without_idle_zeros():
@@ -345,12 +339,6 @@ def test_a_missing_rejected_score_comes_from_the_original_pair_in_both_orders(pr
 def test_a_known_rejected_score_needs_no_chosen_score(prompts):
     outcome, _ = drive(cali_work(prompts), {**ROW, **REFINED, "rejected_score": 3}, ["<score>6</score>"])
     assert "original_chosen_score" not in outcome.row and outcome.row["chosen_score"] == 6
-
-
-@pytest.mark.parametrize("score", [0, 11, -1.0])
-def test_a_rejected_score_off_the_scale_fails_the_row(prompts, score):
-    outcome, asks = drive(cali_work(prompts), {**ROW, **REFINED, "rejected_score": score}, [])
-    assert isinstance(outcome, Failed) and "1 to 10" in outcome.reason and not asks
 
 
 @pytest.mark.parametrize(

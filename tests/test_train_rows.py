@@ -48,7 +48,7 @@ def test_missing_field_is_refused_with_file_row_and_command(field, command, tmp_
 
 
 def test_rating_that_is_no_number_is_refused(tmp_path):
-    with pytest.raises(InputError, match="line 1: field `margin` must be a number, not str"):
+    with pytest.raises(InputError, match="line 1: field `margin` must be a number, not a string"):
         load_pairs(write(tmp_path / "s.jsonl", pairs(2, margin="2")), required=["margin"])
 
 

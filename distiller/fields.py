@@ -1,0 +1,149 @@
+"""What a field of the record must look like, and how its two forms (a text, TRL's list of messages) become one.
+
+Every refusal is an `Unfit`: what is wrong, in the same words for the same fault so that faults can be counted, and
+what to do about it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from distiller.sources import InputError
+
+RESPONSE_FIELDS = ("chosen", "rejected", "response", "teacher_response", "refined_response", "original_chosen")
+NUMBER_FIELDS = ("chosen_score", "rejected_score", "original_chosen_score", "margin", "edit_similarity")
+TEXT_FIELDS = ("diagnosis",)
+ROLES = ("system", "user", "assistant")
+NOTHING_IN_IT = "fill it in, or leave the row out"
+MESSAGES_FORM = 'write a text, or [{"role": "user", "content": "..."}, ...]'
+
+
+class Unfit(InputError):
+    """A line or a value that cannot be used: `reason`, the same words for the same fault, and `remedy`."""
+
+    def __init__(self, reason: str, remedy: str):
+        super().__init__(f"{reason}; {remedy}")
+        self.reason, self.remedy = reason, remedy
+
+    def within(self, name: str) -> Unfit:
+        """The same of a field."""
+        return Unfit(f"field `{name}` {self.reason}", self.remedy)
+
+
+def check_field(name: str, value: object, limits: tuple[float, float] | None) -> None:
+    """Raises Unfit."""
+    if name == "prompt":
+        prompt_messages(value)
+    elif name in RESPONSE_FIELDS:
+        response_text(value)
+    elif name in TEXT_FIELDS and not isinstance(value, str):
+        raise Unfit("must be a string", f"it is {kind_of(value)}: write a text")
+    elif name in NUMBER_FIELDS:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise Unfit(f"must be a number, not {kind_of(value)}", "write it without quotation marks, or leave it out")
+        if abs(value) > sys.float_info.max:  # JSON integers have no limit
+            raise Unfit("is too large for a number", "leave it out, or correct it")
+        if limits and not limits[0] <= value <= limits[1]:
+            remedy = f"it is {value}: bring it to that scale, or leave it out to have it made"
+            raise Unfit(f"is outside [{limits[0]:g}, {limits[1]:g}]", remedy)
+
+
+def prompt_messages(prompt: str | list[dict]) -> list[dict]:
+    """`[{"role", "content"}, ...]`: a string is one user message, a list is checked and copied. Raises InputError."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    messages = _messages(prompt)
+    roles = [message["role"] for message in messages]
+    if "system" in roles[1:]:
+        raise Unfit("has a system message that is not the first", "put it first, or make it part of a user's")
+    if "user" not in roles:
+        raise Unfit("has no user message", "add the message that is to be answered")
+    if roles[-1] == "assistant":
+        raise Unfit(
+            "ends with an assistant message: there is nothing left to answer",
+            "drop that message, or move it to the response",
+        )
+    if not messages[-1]["content"].strip():
+        raise Unfit("is empty", NOTHING_IN_IT)
+    return messages
+
+
+def response_text(response: str | list[dict]) -> str:
+    """The text of a response: itself, or that of `[{"role": "assistant", "content": text}]`. Raises InputError."""
+    if not isinstance(response, str):
+        messages = _messages(response)
+        if len(messages) != 1 or messages[0]["role"] != "assistant":
+            raise Unfit(
+                "must be one assistant message",
+                'write a text or [{"role": "assistant", "content": "..."}]; turns before it belong in `prompt`',
+            )
+        response = messages[0]["content"]
+    if not response.strip():
+        raise Unfit("is empty", NOTHING_IN_IT)
+    return _text(response)
+
+
+def split_conversations(row: dict) -> None:
+    """Turn whole conversations in `chosen` / `rejected` into `prompt` and one assistant message each, in place.
+
+    Beside a `prompt` that they do not begin with they are left as they are: a stage that needs them will say so.
+    Raises Unfit.
+    """
+    whole = {}
+    for name in ("chosen", "rejected"):
+        if isinstance(row.get(name), list) and len(row[name]) > 1:
+            try:
+                whole[name] = _messages(row[name])
+            except Unfit as fault:
+                raise fault.within(name) from fault
+    if row.get("prompt") is None and whole:
+        first, *others = whole.values()
+        size = min(len(messages) for messages in whole.values()) - 1
+        for other in others:
+            size = next((i for i in range(size) if first[i] != other[i]), size)
+        if not size:
+            raise Unfit("fields `chosen` and `rejected` have no prompt in common", "give the row a `prompt`")
+        row["prompt"] = first[:size]
+    try:
+        prompt = prompt_messages(row["prompt"]) if whole else []
+    except Unfit as fault:
+        raise fault.within("prompt") from fault
+    for name, messages in whole.items():
+        if messages[:-1] == prompt:
+            row[name] = messages[-1:]
+
+
+def _messages(value: object) -> list[dict]:
+    """A copy with role and content alone. Raises Unfit."""
+    if not isinstance(value, list):
+        raise Unfit(f"must be a string or a list of messages, not {kind_of(value)}", MESSAGES_FORM)
+    if not value:
+        raise Unfit("is empty", NOTHING_IN_IT)
+    messages = []
+    for message in value:
+        role = message.get("role") if isinstance(message, dict) else None
+        if role in ("tool", "function"):
+            raise Unfit(f"has a {role} message", "tool use is not supported: tell it as text, or leave the row out")
+        if role not in ROLES:
+            raise Unfit(f"has a message without a role out of {', '.join(ROLES)}", MESSAGES_FORM)
+        if not isinstance(message.get("content"), str):
+            remedy = f"it is {kind_of(message.get('content'))}: join parts to one text; images are not supported"
+            raise Unfit("has a message whose content is not a string", remedy)
+        messages.append({"role": role, "content": _text(message["content"])})
+    return messages
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as fault:  # tokenizers and servers take UTF-8 alone
+        remedy = f"character {fault.start + 1} is half of a pair: write the whole character, or drop it"
+        raise Unfit("has a lone surrogate, which is no character", remedy) from fault
+    return text
+
+
+def kind_of(value: object) -> str:
+    """What JSON calls a value of this type."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "true or false"
+    return {str: "a string", dict: "an object", list: "a list"}.get(type(value), "a number")
