@@ -1,6 +1,6 @@
 # make demo      environment, then the four commands of the README on the embedded example
 # make test      environment, lint, the quick tests (under 20 minutes on 2 cores)
-# make test-all  the same and the slow tests: servers, kills, several ranks (under 60 minutes)
+# make test-all  the same and the slow tests: servers, kills, several ranks, a browser (under 60 minutes)
 # make env       the environment alone, in .venv
 
 PYTHON ?= python3

@@ -31,6 +31,12 @@ MOST_REASONS = 200
 """Reasons counted apart; a message that differs in every row must not fill the memory."""
 
 
+def count_reason(reasons: Counter[str], reason: object) -> None:
+    """Add a row's reason, its numbers written N: "prompt of N tokens" is one reason."""
+    reason = re.sub(r"\d+", "N", str(reason))[:160]
+    reasons[reason if reason in reasons or len(reasons) < MOST_REASONS else "other reasons"] += 1
+
+
 class LineFile:
     """An append-only JSONL file, held open by one descriptor (a POSIX lock is lost when any other one to the file is
     closed)."""
@@ -192,9 +198,7 @@ class Store:
         self.finished.add(id_key(row["id"]))
         self.counts[kind] += 1
         if kind in self.reasons:
-            reasons = self.reasons[kind]
-            reason = re.sub(r"\d+", "N", str(row.get("reason")))[:160]  # "prompt of N tokens" is one reason
-            reasons[reason if reason in reasons or len(reasons) < MOST_REASONS else "other reasons"] += 1
+            count_reason(self.reasons[kind], row.get("reason"))
 
     def close(self) -> None:
         for file in self.files.values():

@@ -143,22 +143,27 @@ def _well_nested(text: str) -> bool:
 # ------------------------------------------------------------------------------------------------------------- judging
 
 
+def words(text: str) -> list[str]:
+    """What white space separates; in scripts that write none between words (Chinese, Japanese, Thai, ...) each
+    character is a word."""
+    return _WORD.findall(text)
+
+
 def edit_similarity(before: str, after: str) -> float:
     """How much of a text survived an edit, in [0, 1]: difflib's ratio 2M/T, where M of the T words of both texts
     match.
 
-    Words are what white space separates; in scripts that write none between words (Chinese, Japanese, Thai, ...) each
-    character is one. White space itself is not compared. difflib is cubic on text that repeats itself (2,000 words in
-    a loop took 15 s), so over `DIFFLIB_LIMIT` pairs of equal words M is the longest common subsequence instead, which
-    is never less and takes milliseconds.
+    White space itself is not compared. difflib is cubic on text that repeats itself (2,000 words in a loop took 15 s),
+    so over `DIFFLIB_LIMIT` pairs of equal words M is the longest common subsequence instead, which is never less and
+    takes milliseconds.
     """
-    words, others = _WORD.findall(before), _WORD.findall(after)
-    if not words and not others:
+    ours, others = words(before), words(after)
+    if not ours and not others:
         return 1.0
-    counts, other_counts = Counter(words), Counter(others)
+    counts, other_counts = Counter(ours), Counter(others)
     if sum(count * other_counts[word] for word, count in counts.items()) <= DIFFLIB_LIMIT:
-        return SequenceMatcher(None, words, others, autojunk=False).ratio()
-    return 2 * _common_subsequence(words, others) / (len(words) + len(others))
+        return SequenceMatcher(None, ours, others, autojunk=False).ratio()
+    return 2 * _common_subsequence(ours, others) / (len(ours) + len(others))
 
 
 def _common_subsequence(words: list[str], others: list[str]) -> int:
