@@ -37,16 +37,13 @@ function textsOf(row) {
 }
 
 function matches(row) {
-  return textsOf(row).some((text) => {
-    query.lastIndex = 0;
-    return query.test(text);
-  });
+  return textsOf(row).some((text) => query.test(text));
 }
 
 /** Find and sort anew, and show the first page. */
 function update() {
   const text = byId("search").value;
-  query = text ? new RegExp(text.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&"), "giu") : null;
+  query = text ? new RegExp(text.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&"), "iu") : null;
   const [field, direction] = byId("sort").value.split("-");
   found = [...rows.keys()].filter((i) => histograms.every((h) => h.passes(i)) && (!query || matches(rows[i])));
   if (direction) sortBy(field === "margin" ? "margin" : "edit_similarity", direction === "up" ? 1 : -1);
@@ -272,10 +269,12 @@ function start() {
   buildOverview();
   for (const pager of document.querySelectorAll(".pager")) buildPager(pager);
   let timer;
-  byId("search").addEventListener("input", () => {
+  const searchIn = (delay) => {
     clearTimeout(timer);
-    timer = setTimeout(update, SEARCH_DELAY);
-  });
+    timer = setTimeout(update, delay);
+  };
+  byId("search").addEventListener("input", () => searchIn(SEARCH_DELAY));
+  byId("search").addEventListener("keydown", (event) => event.key === "Enter" && searchIn(0));
   byId("sort").addEventListener("change", update);
   byId("tools").addEventListener("submit", (event) => event.preventDefault());
   byId("clear").addEventListener("click", () => {

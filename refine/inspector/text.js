@@ -45,11 +45,11 @@ function textBlock(text, className = "text", tag = "div") {
   return block;
 }
 
-/** A Range for every place where an element's text, all its text nodes joined, matches a global RegExp. */
+/** A Range for every place where an element's text, all its text nodes joined, matches a RegExp. */
 function* rangesOf(query, block) {
   const walker = document.createTreeWalker(block, NodeFilter.SHOW_TEXT);
   let [node, start] = [walker.nextNode(), 0];
-  for (const match of block.textContent.matchAll(query)) {
+  for (const match of block.textContent.matchAll(new RegExp(query, "giu"))) {
     const range = new Range();
     for (const [set, offset] of [["setStart", match.index], ["setEnd", match.index + match[0].length]]) {
       while (offset > start + node.length) {
