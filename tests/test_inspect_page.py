@@ -204,10 +204,12 @@ def serving(directory: Path):
     server.asked = []
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def test_a_page_that_is_served_asks_its_server_for_nothing_more_and_its_policy_forbids_it(browser, tmp_path):
@@ -586,6 +588,9 @@ def test_nothing_runs_out_of_a_screen_however_narrow(open_page, browser, width):
         *(scored_row(text, n) for n, text in enumerate(HOSTILE)), filtered=[{"id": "1", "reason": "x" * 500}]
     )
     assert read(browser, "return document.documentElement.scrollWidth") <= width
+    wide = "(n) => n.scrollWidth > n.clientWidth + 1"
+    cut_off = f"return [...document.querySelectorAll('.text, .fold, th')].filter({wide}).length"
+    assert read(browser, cut_off) == 0
     columns = "return new Set([...document.querySelectorAll('.card .pane')].slice(0, 2).map((p) => p.offsetLeft)).size"
     assert read(browser, columns) == (1 if width < 700 else 2)
 
