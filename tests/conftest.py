@@ -63,3 +63,40 @@ def build_tiny_teacher(directory: Path, seed: int = 0) -> Path:
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a tiny random teacher model, see `build_tiny_teacher`."""
     return build_tiny_teacher(tmp_path_factory.mktemp("models") / "tiny_teacher")
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Headless Chromium; the test is skipped where there is none."""
+    from inspect_fixtures import start_browser  # what needs no browser needs no selenium
+
+    driver = start_browser(tmp_path_factory.mktemp("profile"))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def open_page(browser, tmp_path):
+    """A function that makes the inspection page of some rows and opens it. At the end the console must be empty, and
+    nothing may have been asked for but the page."""
+    from inspect_fixtures import requests_of
+
+    from distiller.records import dump_line
+    from refine.inspect_pairs import main
+
+    def open_page(*rows: dict | bytes, filtered: list[dict] = (), failed: list[dict] = ()):
+        for name, lines in (("", rows), (".filtered.jsonl", filtered), (".failed.jsonl", failed)):
+            text = b"".join(row if isinstance(row, bytes) else dump_line(row) for row in lines)
+            (tmp_path / f"scored.jsonl{name}").write_bytes(text)
+        assert main(["--input", str(tmp_path / "scored.jsonl")]) == 0
+        browser.get((tmp_path / "scored.html").as_uri())
+        return browser
+
+    browser.get("about:blank")
+    browser.get_log("browser")
+    browser.get_log("performance")
+    yield open_page
+    assert browser.get_log("browser") == []
+    assert [url for url in requests_of(browser) if url != (tmp_path / "scored.html").as_uri()] == []
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})

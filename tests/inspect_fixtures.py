@@ -1,10 +1,16 @@
-"""Scored rows for the inspection page, hostile ones among them, and the browser that opens it."""
+"""Scored rows for the inspection page, hostile ones among them; the browser that opens it, and reading and working the
+page in it."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 HOSTILE = (
     "<script>alert('pwned')</script><img src=x onerror=alert(1)><svg onload=alert(2)>",
@@ -41,6 +47,7 @@ def scored_row(text: str, number: int = 0, **fields: object) -> dict:
     return row | fields
 
 
+PATIENCE = 300  # seconds, for a machine that has other things to do
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-default-apps"
@@ -60,4 +67,57 @@ def start_browser(profile: Path) -> webdriver.Chrome:
     options.unhandled_prompt_behavior = "ignore"  # an alert must stay for the test to see it
     driver = shutil.which("chromedriver")
     assert driver, "chromium is here and chromedriver is not: apt-get install chromium-driver"
-    return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    browser.set_script_timeout(PATIENCE)
+    return browser
+
+
+def requests_of(browser) -> list[str]:
+    """Addresses that were asked for since the log was last read; `data:` ones stay in the page."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    return [url for url in urls if not url.startswith("data:")]
+
+
+def read(browser, script: str, *arguments: object) -> object:
+    """What the script returns, by way of JSON, which unlike the driver's protocol keeps lone surrogates."""
+    return json.loads(browser.execute_script(f"return JSON.stringify((() => {{ {script} }})())", *arguments))
+
+
+def texts(browser, selector: str) -> list[str]:
+    return read(browser, f"return [...document.querySelectorAll({selector!r})].map((node) => node.textContent)")
+
+
+def status(browser) -> str:
+    return browser.find_element(By.ID, "status").text
+
+
+def count_found(browser) -> int:
+    """The number the page says it found (or has)."""
+    match = re.search(r" of ([\d,]+) row", status(browser))
+    return int(match[1].replace(",", "")) if match else 0
+
+
+def search(browser, text: str) -> None:
+    """Type it, and wait until the page has searched for it."""
+    box = browser.find_element(By.ID, "search")
+    box.send_keys(Keys.CONTROL + "a")
+    box.send_keys(text or Keys.BACKSPACE)
+    WebDriverWait(browser, PATIENCE).until(lambda _: box.get_property("value") == text)
+    browser.execute_script("document.getElementById('status').textContent = 'searching'")
+    box.send_keys(Keys.ENTER)
+    WebDriverWait(browser, PATIENCE).until(lambda _: status(browser) != "searching")
+
+
+def sort(browser, value: str) -> None:
+    Select(browser.find_element(By.ID, "sort")).select_by_value(value)
+
+
+def ids_on_all_pages(browser) -> list[str]:
+    ids = texts(browser, ".card .id")
+    while (following := browser.find_elements(By.CSS_SELECTOR, "#tools .pager button")[1]) and (
+        following.get_attribute("aria-disabled") == "false"
+    ):
+        following.click()
+        ids += texts(browser, ".card .id")
+    return ids
