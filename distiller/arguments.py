@@ -1,5 +1,5 @@
-"""The arguments of a teacher stage: the fields every stage shares, and their reading from YAML and the command
-line."""
+"""The arguments of a command that turns one file of rows into another, those every teacher stage adds to them, and
+their reading from YAML and the command line."""
 
 from __future__ import annotations
 
@@ -29,25 +29,74 @@ def flag(default: object, text: str) -> object:
 
 
 @dataclass
-class StageArguments:
-    """What every teacher stage takes. A stage adds its own fields (all with a default), which become part of its run's
-    identity."""
+class FileArguments:
+    """What every command takes that reads rows and writes each to one of three files. A command adds its own fields
+    (all with a default)."""
 
     input: str | None = flag(None, "JSONL file, JSON array, or hub dataset `owner/name` or `owner/name:split`")
     output: str | None = flag(
         None, "JSONL file to write; <output>.filtered.jsonl, .failed.jsonl, .manifest.json beside it"
     )
+    columns: str | None = flag(None, "our field names for the input's: ours=theirs,ours=theirs")
+    limit: int | None = flag(None, "only the first rows of the input")
+    overwrite: bool = flag(False, "begin anew where the output exists")
+    max_failure_rate: float = flag(0.1, "exit code 1 when a larger share of the rows failed")
+
+    root: Path | None = field(default=None, init=False)
+    """The repository root, which relative default paths are relative to."""
+
+    NEEDED: ClassVar[tuple[str, ...]] = ("input", "output")
+    INPUT_FIELDS: ClassVar[tuple[str, ...]] = ("input",)
+    """Fields that name data (a path or a list of paths): their content counts for the identity, not their names."""
+    PROMPT_FIELDS: ClassVar[tuple[str, ...]] = ()
+    """Fields that name prompt files: likewise."""
+    RANGES: ClassVar[Mapping[str, tuple[float, float | None]]] = {"limit": (1, None), "max_failure_rate": (0, 1)}
+    """The least and the greatest value of a field, both allowed; None for no limit."""
+
+    def validate(self) -> None:
+        """Raises InputError for a value that cannot work, before anything is read or loaded."""
+        for name in self.NEEDED:
+            if not getattr(self, name):
+                raise InputError(f"--{name} is needed")
+        for name, (low, high) in self.RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not (value >= low and (high is None or value <= high)):
+                raise InputError(
+                    f"--{name} {value} is out of range (from {low:g}{'' if high is None else f' to {high}'})"
+                )
+        if os.path.isdir(self.output):
+            raise InputError(f"--output {self.output} is a directory: name a file in it, such as out.jsonl")
+        sources = {os.path.realpath(name) for name in self.named(*self.INPUT_FIELDS, *self.PROMPT_FIELDS)}
+        for suffix in ("", ".filtered.jsonl", ".failed.jsonl", ".manifest.json"):
+            if os.path.realpath(self.output + suffix) in sources:
+                raise InputError(f"--output {self.output} would write over an input ({self.output + suffix})")
+        for name in self.named(*self.INPUT_FIELDS, *self.PROMPT_FIELDS):
+            self._check_place(name)
+
+    def _check_place(self, name: str) -> None:
+        """Say from where to run, when a relative path is there from the repository root and not from here."""
+        if self.root and not Path(name).exists() and (self.root / name).exists() and Path.cwd() != self.root:
+            raise InputError(f"{name} does not exist from {Path.cwd()}; run this command from {self.root}")
+
+    def named(self, *fields: str) -> list[str]:
+        """The non-empty names in these fields; a field may hold one or a list."""
+        values = [getattr(self, name) for name in fields]
+        return [name for value in values for name in (value if isinstance(value, list) else [value]) if name]
+
+
+@dataclass
+class StageArguments(FileArguments):
+    """What every teacher stage takes. A stage adds its own fields (all with a default), which become part of its run's
+    identity."""
+
     model: str | None = flag(None, "the teacher: local directory, hub name, or the name a server knows it by")
     base_url: str | None = flag(
         None, "OpenAI-compatible server, e.g. http://localhost:8000/v1 (key from OPENAI_API_KEY)"
     )
     prompt_file: str | None = flag(None, "Jinja2 file with the prompt to the teacher")
-    columns: str | None = flag(None, "our field names for the input's: ours=theirs,ours=theirs")
     limit: int | None = flag(None, "only the first rows of the input; may grow from run to run")
     seed: int = flag(0, "seed of everything drawn")
-    overwrite: bool = flag(False, "begin anew where the output exists")
     retry_failed: bool = flag(False, "run the rows in <output>.failed.jsonl again, with other seeds")
-    max_failure_rate: float = flag(0.1, "exit code 1 when a larger share of the rows failed")
     dry_run: bool = flag(False, "rows, token totals and two prompts; no model is loaded, nothing is written")
 
     temperature: float = flag(0.7, "sampling temperature; 0 is greedy")
@@ -69,14 +118,18 @@ class StageArguments:
     timeout: float = flag(600.0, "server: seconds until a request is given up and tried again")
     max_retries: int = flag(5, "server: how often the client repeats a request that failed")
 
-    root: Path | None = field(default=None, init=False)
-    """The repository root, which the paths in the default configuration are relative to."""
-
     NEEDED: ClassVar[tuple[str, ...]] = ("input", "output", "model")
-    INPUT_FIELDS: ClassVar[tuple[str, ...]] = ("input",)
-    """Fields that name data (a path or a list of paths): their content counts for the identity, not their names."""
     PROMPT_FIELDS: ClassVar[tuple[str, ...]] = ("prompt_file",)
-    """Fields that name prompt files: likewise."""
+    RANGES: ClassVar[Mapping[str, tuple[float, float | None]]] = {
+        **FileArguments.RANGES,
+        "temperature": (0, None),
+        "top_p": (1e-9, 1),
+        "top_k": (-1, None),
+        "max_tokens": (1, None),
+        "max_tries": (1, None),
+        "seed": (0, None),
+        "max_concurrency": (1, None),
+    }
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset(
         {
             "output",
@@ -116,45 +169,9 @@ class StageArguments:
         return kwargs if self.enable_thinking is None else {**kwargs, "enable_thinking": self.enable_thinking}
 
     def validate(self) -> None:
-        """Raises InputError for a value that cannot work, before anything is read or loaded."""
-        for name in self.NEEDED:
-            if not getattr(self, name):
-                raise InputError(f"--{name} is needed")
-        ranges = {
-            "temperature": (0, None),
-            "top_p": (1e-9, 1),
-            "top_k": (-1, None),
-            "max_tokens": (1, None),
-            "max_tries": (1, None),
-            "max_failure_rate": (0, 1),
-            "limit": (1, None),
-            "seed": (0, None),
-            "max_concurrency": (1, None),
-        }
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if value is not None and not (value >= low and (high is None or value <= high)):
-                raise InputError(
-                    f"--{name} {value} is out of range (from {low:g}{'' if high is None else f' to {high}'})"
-                )
-        if os.path.isdir(self.output):
-            raise InputError(f"--output {self.output} is a directory: name a file in it, such as out.jsonl")
-        sources = {os.path.realpath(name) for name in self.named(*self.INPUT_FIELDS, *self.PROMPT_FIELDS)}
-        for suffix in ("", ".filtered.jsonl", ".failed.jsonl", ".manifest.json"):
-            if os.path.realpath(self.output + suffix) in sources:
-                raise InputError(f"--output {self.output} would write over an input ({self.output + suffix})")
-        for name in self.named(*self.INPUT_FIELDS, *self.PROMPT_FIELDS, "model"):
+        super().validate()
+        for name in self.named("model"):
             self._check_place(name)
-
-    def _check_place(self, name: str) -> None:
-        """Say from where to run, when a relative path is there from the repository root and not from here."""
-        if self.root and not Path(name).exists() and (self.root / name).exists() and Path.cwd() != self.root:
-            raise InputError(f"{name} does not exist from {Path.cwd()}; run this command from {self.root}")
-
-    def named(self, *fields: str) -> list[str]:
-        """The non-empty names in these fields; a field may hold one or a list."""
-        values = [getattr(self, name) for name in fields]
-        return [name for value in values for name in (value if isinstance(value, list) else [value]) if name]
 
     def identity(self, stage: str, hashes: Mapping[str, str]) -> dict:
         """All that decides what the stage writes; `hashes` has the content hash of every input, by its name."""
@@ -181,7 +198,7 @@ class StageArguments:
         }
 
 
-Arguments = TypeVar("Arguments", bound=StageArguments)
+Arguments = TypeVar("Arguments", bound=FileArguments)
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -204,23 +221,22 @@ class _Parser(TrlParser):
 
 
 def parse_stage_args(
-    cls: type[Arguments], default_config: Path, description: str | None = None, argv: list[str] | None = None
+    cls: type[Arguments], default_config: Path | None, description: str | None = None, argv: list[str] | None = None
 ) -> Arguments:
-    """Values from `--config file.yaml` (the stage's example where none is given), overridden by the command line.
+    """Values from `--config file.yaml` (`default_config`, if any, unless given), overridden by the command line.
 
     The file holds one `name: value` a line, names as in --help, lists and (for JSON arguments) mappings as YAML writes
     them, and, as TRL has it, `env:` with environment variables to set. An unknown key or a wrong value ends the
     command (exit code 2) and names file and key.
     """
     parser = _Parser((cls,), description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
-    parser.add_argument(
-        "--config", default=os.path.relpath(default_config), help="YAML file with values for these arguments"
-    )
+    default = os.path.relpath(default_config) if default_config else None
+    parser.add_argument("--config", default=default, help="YAML file with values for these arguments")
     argv = sys.argv[1:] if argv is None else argv
     config = parser.parse_known_args(argv)[0].config
     parser.source = config
     lists = {f.name: "list" in str(f.type) for f in dataclasses.fields(cls) if f.init}
-    config_argv = _config_argv(config, lists, parser)
+    config_argv = _config_argv(config, lists, parser) if config else []
     parser.parse_args(config_argv)  # only to have a wrong value reported with the file it stands in
     parser.source = ""
     args, *_, unknown = parser.parse_args_into_dataclasses(
@@ -228,7 +244,8 @@ def parse_stage_args(
     )
     if unknown:
         parser.error(f"unknown argument {' '.join(unknown)}")
-    args.root = default_config.resolve().parents[2]  # <root>/<stage>/configs/example.yaml
+    # <root>/<stage>/configs/example.yaml, <root>/distiller/arguments.py
+    args.root = default_config.resolve().parents[2] if default_config else Path(__file__).resolve().parents[1]
     return args
 
 

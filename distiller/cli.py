@@ -32,7 +32,17 @@ from distiller.records import BadRow, InputError, parse_columns, read_rows, surv
 from distiller.runner import Work, run_stage
 from distiller.templates import PromptError
 
-__all__ = ["StageArguments", "flag", "make_engine", "parse_stage_args", "resume_command", "run", "stop_signals"]
+__all__ = [
+    "StageArguments",
+    "check_made",
+    "exit_code_of",
+    "flag",
+    "make_engine",
+    "parse_stage_args",
+    "resume_command",
+    "run",
+    "stop_signals",
+]
 
 
 def make_engine(args: StageArguments) -> TeacherEngine:
@@ -113,10 +123,19 @@ def run(
     conversations of a row instead of the first one. `input_from` is the command that makes the input file, said when
     there is none.
     """
+    reading = {"required": required, "optional": optional, "ranges": ranges}
+    return exit_code_of(
+        lambda: _run(args, make_work, stage, reading, rows, preview, input_from),
+        lambda: f"Finished rows are on disk. To go on, run: {resume_command(args)}",
+    )
+
+
+def exit_code_of(body: Callable[[], int], rest: Callable[[], str]) -> int:
+    """The exit code of `body`, what ended it said aloud; `rest` says what is left to do where it did not come to its
+    end."""
     try:
         with stop_signals():
-            reading = {"required": required, "optional": optional, "ranges": ranges}
-            return _run(args, make_work, stage, reading, rows, preview, input_from)
+            return body()
     except (InputError, PromptError) as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 1
@@ -129,7 +148,7 @@ def run(
     except Stopped as stopped:
         print(f"stopped by {signal.Signals(stopped.signum).name}", file=sys.stderr)
         code = 128 + stopped.signum
-    print(f"Finished rows are on disk. To go on, run: {resume_command(args)}", file=sys.stderr)
+    print(rest(), file=sys.stderr)
     return code
 
 
@@ -137,9 +156,7 @@ def _run(args, make_work, stage, reading, rows, preview, input_from) -> int:
     args.validate()
     if args.trust_remote_code:
         print(f"warning: --trust_remote_code runs Python code of {args.model} on this machine", file=sys.stderr)
-    for name in args.named(*args.INPUT_FIELDS):
-        if input_from and Path(name).suffix in (".json", ".jsonl") and not Path(name).exists():
-            raise InputError(f"{name} does not exist; to make it, run: {input_from}")
+    check_made(args.named(*args.INPUT_FIELDS), input_from)
     work = make_work(args)
     source = rows() if rows else read_rows(args.input, parse_columns(args.columns), args.limit, **reading)
     if args.dry_run:
@@ -164,6 +181,13 @@ def _run(args, make_work, stage, reading, rows, preview, input_from) -> int:
     )
     print(summary, file=sys.stderr)
     return summary.exit_code
+
+
+def check_made(names: list[str], command: str) -> None:
+    """Raises InputError naming the command that makes a file that is not there."""
+    for name in names if command else ():
+        if Path(name).suffix in (".json", ".jsonl") and not Path(name).exists():
+            raise InputError(f"{name} does not exist; to make it, run: {command}")
 
 
 def token_counter(args: StageArguments) -> tuple[CountTokens, str]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -76,6 +76,11 @@ class BadRow:
     def __str__(self) -> str:
         return f"{self.file}, line {self.line}: {self.reason}" + (f"; {self.remedy}" if self.remedy else "")
 
+    def as_failed(self) -> dict:
+        """The line of the failed file."""
+        place = {"file": self.file, "line": self.line}
+        return {"id": self.id, "reason": self.reason, "raw": self.raw, "remedy": self.remedy, **place}
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -88,6 +93,7 @@ class Rows:
     optional: tuple[str, ...] = ()
     strict: bool = False
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    check: Callable[[dict], Unfit | None] | None = None
 
     def __iter__(self) -> Iterator[dict | BadRow]:
         unseen = dict(self.columns)
@@ -149,7 +155,7 @@ class Rows:
                     check_field(name, value, self.ranges.get(name))
             except Unfit as fault:
                 return fault.within(name)
-        return None
+        return self.check(row) if self.check else None
 
     def _missing(self, name: str, row: dict) -> Unfit:
         column = f" (column `{self.columns[name]}`)" if name in self.columns else ""
@@ -171,21 +177,22 @@ def read_rows(
     optional: tuple[str, ...] = (),
     strict: bool = False,
     ranges: Mapping[str, tuple[float, float]] | None = None,
+    check: Callable[[dict], Unfit | None] | None = None,
 ) -> Rows:
     """The rows of a JSONL file, a JSON array or a hub dataset (`owner/name` or `owner/name:split`, split "train" by
     default).
 
     `columns` maps our field names to the source's: `{"prompt": "instruction"}`. `required` maps each field that must
     be there to the command that makes it (or ""); `optional` names those that are checked where present; `ranges` has
-    the lowest and the highest value of a number. `limit` takes the first rows. A row without an id gets `row_id`; an
-    id must be a non-empty string or an int, which is kept as its string. Of two rows with one id the first keeps it,
-    the later one is bad. Blank lines are skipped, CRLF and a byte-order mark accepted; a JSON array is read whole,
-    JSONL line by line. Raises InputError (on iteration) for a missing, empty or wholly unfit file, for a column that
-    no row has, and for any bad row if `strict`.
+    the lowest and the highest value of a number; `check` says what else is wrong with a row whose fields are right.
+    `limit` takes the first rows. A row without an id gets `row_id`; an id must be a non-empty string or an int, which
+    is kept as its string. Of two rows with one id the first keeps it, the later one is bad. Blank lines are skipped,
+    CRLF and a byte-order mark accepted; a JSON array is read whole, JSONL line by line. Raises InputError (on
+    iteration) for a missing, empty or wholly unfit file, for a column that no row has, and for any bad row if
+    `strict`.
     """
-    return Rows(
-        str(source), dict(columns or {}), limit, dict(required or {}), tuple(optional), strict, dict(ranges or {})
-    )
+    required, ranges = dict(required or {}), dict(ranges or {})
+    return Rows(str(source), dict(columns or {}), limit, required, tuple(optional), strict, ranges, check)
 
 
 def survey(source: str | Path) -> tuple[int, str]:

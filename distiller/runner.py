@@ -31,6 +31,7 @@ from distiller.engine import Ask, AskError, Completion, EngineDead, TeacherEngin
 from distiller.manifest import Manifest
 from distiller.records import BadRow, InputError
 from distiller.store import Store
+from distiller.whole_files import WholeFiles
 
 Parsed = TypeVar("Parsed")
 BAD_ROWS_SHOWN = 3
@@ -131,6 +132,8 @@ class Summary:
         lines = [f"{self.counts[kind]} rows {kind}: {path}" for kind, path in names.items() if self.counts[kind]]
         for kind, reasons in self.reasons.items():
             lines += [f"  {kind}: {count} x {reason}" for reason, count in reasons.most_common(10)]
+        if not self.counts["done"] and self.counts.total():
+            lines.append(f"warning: no row is left: {self.output} is empty, the next command has nothing to read")
         if self.exit_code:
             lines.append(
                 f"{self.failure_rate:.1%} of the rows failed, over --max_failure_rate; --retry_failed runs them again"
@@ -165,7 +168,7 @@ def run_stage(
         if retry_failed:
             store.forget_failed(row.id if isinstance(row, BadRow) else row["id"] for row in rows)
         pending = _pending(rows, store)
-        progress = _Progress(total, store, progress_seconds)
+        progress = Progress(total, store, progress_seconds)
         first = next(pending, None)
         if first is not None:
             engine = make_engine()
@@ -190,12 +193,11 @@ def _pending(rows: Iterable[dict | BadRow], store: Store) -> Iterator[dict]:
         if shown < BAD_ROWS_SHOWN:
             print(f"bad row: {row}", file=sys.stderr)
             shown += 1
-        place = {"file": row.file, "line": row.line}
-        store.write("failed", {"id": row.id, "reason": row.reason, "raw": row.raw, "remedy": row.remedy, **place})
+        store.write("failed", row.as_failed())
 
 
 def _drive(
-    first: dict, pending: Iterator[dict], work: Work, engine: TeacherEngine, store: Store, progress: _Progress
+    first: dict, pending: Iterator[dict], work: Work, engine: TeacherEngine, store: Store, progress: Progress
 ) -> None:
     """Keep `engine.capacity` rows in flight until none is left. Each row has one ask at the engine at a time."""
     flying: dict[int, tuple[dict, RowWork]] = {}
@@ -241,10 +243,10 @@ def _advance(key: int, reply: Completion | AskError | None, flying: dict, engine
             raise TypeError(f"a stage returns Done, Filtered or Failed, not {outcome!r}")
 
 
-class _Progress:
+class Progress:
     """A line on stderr every few seconds: `1200/10000 rows, 3 failed, 41 filtered, 12.1 rows/s, 12m08s left`."""
 
-    def __init__(self, total: int, store: Store, seconds: float):
+    def __init__(self, total: int, store: Store | WholeFiles, seconds: float):
         self.total, self.store, self.seconds = total, store, seconds
         self.before = store.counts.total()
         self.started = self.told = time.monotonic()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 BOM = b"\xef\xbb\xbf"
@@ -52,6 +53,33 @@ def lines(source: str) -> Iterator[tuple[int, bytes]]:
             line = (line.removeprefix(BOM) if number == 1 else line).strip(b" \t\r\n")
             if line:
                 yield number, line
+
+
+def values(source: str) -> Iterator[tuple[int, object]]:
+    """(number from 1, value) of every line or element of a source that is not made of our rows: any JSON values, with
+    or without ids. Of a `.json` file that is one object of lists (`{"name": [row, ...], ...}`) the elements of the
+    lists. Raises InputError naming file and line."""
+    whole = _object(Path(source))
+    if whole is not None:
+        lists = all(isinstance(value, list) for value in whole.values())
+        yield from enumerate(chain.from_iterable(whole.values()) if lists else [whole], 1)
+        return
+    for number, line in lines(source):
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError) as fault:
+            raise InputError(f"{source}, line {number}: not valid JSON ({fault})") from fault
+
+
+def _object(path: Path) -> dict | None:
+    """The one object that a `.json` file is; None for any other file."""
+    if path.suffix != ".json" or not path.is_file():
+        return None
+    try:
+        whole = json.loads(path.read_bytes().removeprefix(BOM))
+    except (ValueError, RecursionError):
+        return None
+    return whole if isinstance(whole, dict) else None
 
 
 def _array(source: str, data: bytes) -> list | None:

@@ -104,6 +104,21 @@ class LineFile:
         os.close(self.descriptor)
 
 
+def check_same_command(output: Path, old: Manifest | None, new: Manifest) -> None:
+    """Raises InputError unless the files of `output` come from a command whose result would be the same."""
+    if old is None:
+        raise InputError(
+            f"{output} is there, but not its manifest {output}.manifest.json; use --overwrite to start anew"
+        )
+    changed = differences(old.identity, new.identity)
+    if changed:
+        raise InputError(
+            f"{output} was begun with other settings, and rows of both would mix in it:\n  "
+            + "\n  ".join(changed)
+            + "\nGo on with those settings, name another --output, or use --overwrite to start anew."
+        )
+
+
 class Store:
     """Opens the three files for one run (and for no other at the same time) and knows what is done. Holds 8 bytes of
     hash an id."""
@@ -139,18 +154,7 @@ class Store:
                 self._count(kind, row)
 
     def _check(self, old: Manifest | None) -> None:
-        output = self.files["done"].path
-        if old is None:
-            raise InputError(
-                f"{output} is there, but not its manifest {self.manifest_path}; use --overwrite to start anew"
-            )
-        changed = differences(old.identity, self.manifest.identity)
-        if changed:
-            raise InputError(
-                f"{output} was begun with other settings, and rows of both would mix in it:\n  "
-                + "\n  ".join(changed)
-                + "\nGo on with those settings, name another --output, or use --overwrite to start anew."
-            )
+        check_same_command(self.files["done"].path, old, self.manifest)
         self.manifest.retries = old.retries
         self._say_changes(old.made_with, {**old.made_with, **self.manifest.made_with})
         self.manifest.made_with = {**old.made_with, **self.manifest.made_with}

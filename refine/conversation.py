@@ -26,10 +26,10 @@ REFINE_VARIABLES = ("prompt", "rejected", "teacher_response")
 TAGS = ("<diagnosis>", "</diagnosis>", "<refined>", "</refined>")
 _TAG = re.compile("|".join(TAGS))
 _ANY_CASE_TAG = re.compile(r"< {0,2}/? {0,2}(?:diagnosis|refined) {0,2}/?>", re.IGNORECASE)
-_UNSPACED = (
+UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u3400-\u9fff\uf900-\ufaff\uff01-\uffef\U00020000-\U0003ffff"
 )
-_WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
+_WORD = re.compile(f"[{UNSPACED}]|[^\\s{UNSPACED}]+")
 _OPENERS = {"</diagnosis>": "<diagnosis>", "</refined>": "<refined>"}
 
 DIFFLIB_LIMIT = 500_000

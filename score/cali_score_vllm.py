@@ -85,17 +85,20 @@ def check_refinement(args: CaliScoreArguments) -> None:
     """Compare with the manifest beside the input, if there is one: another prompt is refused, another teacher is said
     aloud."""
     manifest = Manifest.load(Path(f"{args.input}.manifest.json"))
-    if manifest is None or manifest.identity.get("stage") != "refine":
+    identity = manifest.identity if manifest else {}
+    while identity.get("stage") == "filter":  # filter_pairs.py leaves the rows as they are
+        identity = identity.get("input_manifest") or {}
+    if identity.get("stage") != "refine":
         return
-    used = manifest.identity.get("prompts", {}).get("prompt_file")
+    used = identity.get("prompts", {}).get("prompt_file")
     if Path(args.refine_prompt_file).is_file() and used != [hash_file(args.refine_prompt_file)]:
         raise InputError(
             f"{args.input} was refined with another prompt than {args.refine_prompt_file}, so the conversation cannot "
             "go on from it; name the file of that run with --refine_prompt_file, or refine again"
         )
-    if manifest.identity.get("model") != args.model:
+    if identity.get("model") != args.model:
         print(
-            f"warning: {args.input} was refined by {manifest.identity.get('model')} and is scored by {args.model}; "
+            f"warning: {args.input} was refined by {identity.get('model')} and is scored by {args.model}; "
             "a self-calibrated score is meant to be the same teacher's",
             file=sys.stderr,
         )

@@ -13,6 +13,7 @@ import yaml
 
 from distiller.arguments import parse_stage_args
 from distiller.engine import Completion
+from refine import filter_pairs
 from refine import generate_response_vllm as generate
 from refine import refine_response_vllm as refine
 from score import cali_score_vllm as cali
@@ -141,6 +142,27 @@ def test_a_refinement_with_an_edited_prompt_cannot_be_continued_with_the_old_one
     assert cali.main(flags) == 1
     assert "another prompt" in capsys.readouterr().err and not Path("scored.jsonl").exists()
     assert cali.main([*flags, "--refine_prompt_file", str(edited)]) == 0
+
+
+def test_a_filtered_file_is_still_known_by_the_prompt_it_was_refined_with(place, capsys):
+    edited = place / "mine.txt"
+    edited.write_text((ROOT / "refine/prompts/refine.txt").read_text() + "Be quick.\n")
+    assert refine.main([*_flags("refine", "pairs.jsonl", "refined.jsonl"), "--prompt_file", str(edited)]) == 0
+    assert filter_pairs.main(["--input", "refined.jsonl", "--output", "once.jsonl", "--max_edit_similarity", "1"]) == 0
+    assert filter_pairs.main(["--input", "once.jsonl", "--output", "twice.jsonl", "--max_length_ratio", "3"]) == 0
+    flags = _flags("score", "twice.jsonl", "scored.jsonl")
+    assert cali.main(flags) == 1
+    assert "another prompt" in capsys.readouterr().err and not Path("scored.jsonl").exists()
+    assert cali.main([*flags, "--refine_prompt_file", str(edited)]) == 0
+    assert len(_read("scored.jsonl")) == 8
+
+
+def test_a_stage_that_leaves_no_row_says_so(place, capsys):
+    assert refine.main(_flags("refine", "pairs.jsonl", "refined.jsonl")) == 0
+    flags = _flags("score", "refined.jsonl", "scored.jsonl")
+    assert cali.main(flags) == 0 and "warning" not in capsys.readouterr().err
+    assert cali.main([*flags, "--min_margin", "9", "--overwrite"]) == 0
+    assert "warning: no row is left: scored.jsonl is empty" in capsys.readouterr().err
 
 
 def test_the_closing_report_speaks_of_the_whole_file_and_not_of_the_last_run(place, capsys):
