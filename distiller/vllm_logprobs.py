@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distiller.engine import Ask, AskError, Sampling
+from distiller.engine import Ask, AskError, Completion, Sampling
 from distiller.logprob_cache import TokenLogprobs
 from distiller.vllm_engine import VLLMEngine
 from distiller.vllm_setup import is_cpu_build
@@ -32,8 +32,15 @@ class ResponseAsk(Ask):
     """The tokens whose log-probabilities are wanted, the end of turn included."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResponseRead(Completion):
+    """The answer to a `ResponseAsk`; it has no text."""
+
+    tokens: TokenLogprobs
+
+
 class VLLMLogprobEngine(VLLMEngine):
-    """A teacher engine whose asks are `ResponseAsk`s and whose answers are `TokenLogprobs` (or AskErrors).
+    """A teacher engine whose asks are `ResponseAsk`s and whose answers are `ResponseRead`s (or AskErrors).
 
     top_k: candidates a position, at most the model's vocabulary. Other arguments: `VLLMEngine`.
     """
@@ -71,7 +78,7 @@ class VLLMLogprobEngine(VLLMEngine):
             f"must be under max_model_len {self.max_model_len}. Raise --max_model_len and give --retry_failed"
         )
 
-    def _read(self, output, ask: ResponseAsk) -> TokenLogprobs | AskError:
+    def _read(self, output, ask: ResponseAsk) -> ResponseRead | AskError:
         """vLLM's flat lists, (positions - 1) * (1 + k) long, as ours; there is no distribution before the first
         token."""
         flat, count = output.prompt_logprobs, len(ask.response_ids)
@@ -81,4 +88,12 @@ class VLLMLogprobEngine(VLLMEngine):
         logprobs = np.array(flat.logprobs, dtype=np.float32).reshape(shape)[-count:]  # (n, 1 + k)
         if np.isnan(logprobs).any():
             return AskError("the teacher's log-probabilities are not numbers (NaN): try another --dtype")
-        return TokenLogprobs.measured(ask.prompt_ids, ids[:, 0], logprobs[:, 0], ids[:, 1:], logprobs[:, 1:])
+        return ResponseRead(
+            text="",
+            reasoning=None,
+            finish_reason="stop",
+            prompt_tokens=len(output.prompt_token_ids),
+            completion_tokens=1,
+            logprobs=None,
+            tokens=TokenLogprobs.measured(ask.prompt_ids, ids[:, 0], logprobs[:, 0], ids[:, 1:], logprobs[:, 1:]),
+        )

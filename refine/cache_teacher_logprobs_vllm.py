@@ -149,7 +149,9 @@ def make_work(args: CacheArguments) -> Work:
             prompt_ids=prompt_ids(teacher, prompt, "the prompt", **args.template_kwargs),
             response_ids=response_ids(responses, text),
         )
-        return Failed(str(reply)) if isinstance(reply, AskError) else Done({"id": row["id"], "logprobs": reply})
+        if isinstance(reply, AskError):
+            return Failed(str(reply))
+        return Done({"id": row["id"], "logprobs": reply.tokens})
 
     return work
 

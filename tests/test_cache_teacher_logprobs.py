@@ -116,6 +116,12 @@ def caches(models, tmp_path_factory) -> dict[str, Path]:
         )
         for name in rows
     ]
+    # The same rows once more, in a context too short for most of them and then in one long enough.
+    outputs["lengthened"] = directory / "lengthened"
+    both = ("--model", models["chatml"], "--student_model", models["chatml"])
+    retried = flags(directory / "chatml.jsonl", outputs["lengthened"], *both)
+    jobs += [[*retried, "--max_model_len", "40", "--max_failure_rate", "1"]]
+    jobs += [[*retried, "--max_model_len", "512", "--retry_failed"]]
     (directory / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run(
         [sys.executable, "tests/cache_driver.py", str(directory / "jobs.json")],
@@ -193,6 +199,16 @@ def test_rows_that_cannot_be_cached_fail_alone_with_reason_and_remedy(caches):
     assert "python refine/refine_response_vllm.py" in reasons[MISSING]["remedy"]
     assert set(failed(caches["gemma"])) == {SYSTEM} and "System role not supported" in str(failed(caches["gemma"]))
     assert failed(caches["chatml"]) == failed(caches["llama"]) == {}
+
+
+def test_rows_too_long_are_cached_by_a_rerun_with_a_longer_context(caches):
+    known, lengthened = LogprobCache(caches["chatml"]), LogprobCache(caches["lengthened"])
+    assert set(known) == set(lengthened) and failed(caches["lengthened"]) == {}
+    assert len(list(caches["lengthened"].glob(PATTERN))) == 2  # a shard of either run
+    for identifier in known:
+        a, b = known[identifier], lengthened[identifier]
+        assert (a.token_ids == b.token_ids).all() and a.prompt_hash == b.prompt_hash
+        assert np.allclose(a.token_logprobs, b.token_logprobs, rtol=2.0**-10)
 
 
 def test_a_token_takes_at_most_400_bytes_on_disk_at_64_candidates(caches):

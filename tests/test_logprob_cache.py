@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from distiller.logprob_store import ShardFiles
 from distiller.manifest import Manifest
 from distiller.records import InputError
 from distiller.runner import Done, Failed, run_stage
+from distiller.vllm_logprobs import ResponseRead
 
 VOCABULARY = 151_936  # Qwen's: too large for 16-bit ids
 HALF = {"rtol": 2.0**-11, "atol": 2.0**-25}  # a float16's rounding error, relative and (near 0) absolute
@@ -218,8 +220,8 @@ def test_several_processes_read_one_cache_at_once(method, tmp_path):
         write(tmp_path, [(f"{number}-{n}", made_up(n + number, 20, 8)[0]) for n in range(50)], number)
     cache = LogprobCache(tmp_path)
     known = digest(cache, 0)
-    with multiprocessing.get_context(method).Pool(3) as pool:
-        assert pool.starmap(digest, [(cache, seed) for seed in range(6)]) == [known] * 6
+    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context(method)) as pool:
+        assert list(pool.map(digest, [cache] * 6, range(6))) == [known] * 6
     assert digest(pickle.loads(pickle.dumps(cache)), 1) == known
 
 
@@ -258,13 +260,16 @@ class ScriptedEngine:
         return {"engine": "scripted"}
 
 
-def answer(number: int) -> TokenLogprobs | AskError:
-    return AskError(f"{number} tokens are too many") if number % 10 == 3 else made_up(number, 1 + number % 9, 8)[0]
+def answer(number: int) -> ResponseRead | AskError:
+    if number % 10 == 3:
+        return AskError(f"{number} tokens are too many")
+    tokens, _ = made_up(number, 1 + number % 9, 8)
+    return ResponseRead("", None, "stop", 1, 1, None, tokens=tokens)
 
 
 def work(row):
     reply = yield Ask([{"role": "user", "content": "?"}], row["n"])
-    return Failed(str(reply)) if isinstance(reply, AskError) else Done({"id": row["id"], "logprobs": reply})
+    return Failed(str(reply)) if isinstance(reply, AskError) else Done({"id": row["id"], "logprobs": reply.tokens})
 
 
 def stage(output: Path, count: int, shard_tokens: int = 60, engine=None, top_k: int = 8, **options):
