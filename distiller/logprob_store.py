@@ -10,6 +10,17 @@ from distiller.records import InputError
 from distiller.store import LineFile
 
 
+LOCK = ".lock"
+
+
+def check_directory(path: Path) -> None:
+    """Raises InputError for a place that holds something else than a cache."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"--output {path} is a file; the cache is a directory, name another one")
+    if path.is_dir() and any(path.iterdir()) and not ((path / LOCK).exists() or any(path.glob(PATTERN))):
+        raise InputError(f"--output {path} is a directory with other things in it; name one of the cache's own")
+
+
 class ShardFiles:
     """Does for a directory of shards what `store.LineFile` does for a file, with the same methods.
 
@@ -19,14 +30,13 @@ class ShardFiles:
     """
 
     def __init__(self, path: Path, info: CacheInfo, shard_tokens: int):
-        if path.exists() and not path.is_dir():
-            raise InputError(f"--output {path} is a file; the cache is a directory, name another one")
+        check_directory(path)
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._info, self._shard_tokens = info, shard_tokens
         self._gathered: list[tuple[str, TokenLogprobs]] = []
         self._tokens = 0  # in what is gathered
-        self._lock = LineFile(path / ".lock")
+        self._lock = LineFile(path / LOCK)
 
     def lock(self) -> None:
         """Raises InputError where another process has it."""

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from distiller.cli import StageArguments, flag, parse_stage_args, run
 from distiller.engine import AskError
 from distiller.logprob_cache import CacheInfo, LogprobCache
-from distiller.logprob_store import ShardFiles
+from distiller.logprob_store import ShardFiles, check_directory
 from distiller.records import InputError, prompt_messages, response_text
 from distiller.runner import Done, Failed, RowWork, Work
 from distiller.tokens import end_of_turn, prompt_ids, response_ids, tokenizer_fingerprint
@@ -121,6 +121,9 @@ class CacheArguments(StageArguments):
         for name in ("top_k_logprobs", "shard_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)} is out of range (from 1)")
+
+    def check_output(self) -> None:
+        check_directory(Path(self.output))
 
     def identity(self, stage: str, hashes: Mapping[str, str]) -> dict:
         """Without sampling, with everything that makes tokens of a row."""

@@ -309,6 +309,16 @@ def test_a_missing_input_names_the_command_that_makes_it(tmp_path, capsys):
     assert "python score/cali_score_vllm.py" in capsys.readouterr().err
 
 
+def test_an_output_that_holds_something_else_is_refused(tmp_path, capsys):
+    source = write(tmp_path / "in.jsonl", ODD)
+    for place, message in ((source.with_suffix(".txt"), "is a file"), (tmp_path, "other things in it")):
+        if place != tmp_path:
+            place.write_text("mine")
+        assert main(flags(source, place, "--model", TEACHER)) == 1
+        assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "in.txt"]
+
+
 def test_more_candidates_than_tokens_are_refused(tmp_path, capsys):
     source = write(tmp_path / "in.jsonl", ODD)
     assert main(flags(source, tmp_path / "out", "--model", TEACHER, "--top_k_logprobs", 1000)) == 1

@@ -407,13 +407,6 @@ def test_two_runs_on_one_cache_at_once_are_refused(tmp_path):
     stage(output, 10)
 
 
-def test_an_output_that_is_a_file_is_refused(tmp_path):
-    (tmp_path / "cache").write_text("mine")
-    with pytest.raises(InputError, match="is a file"):
-        stage(tmp_path / "cache", 10)
-    assert (tmp_path / "cache").read_text() == "mine"
-
-
 # What follows runs in a process of its own: python test_logprob_cache.py <command> ...
 
 
