@@ -9,7 +9,6 @@ from distiller.logprob_cache import PATTERN, CacheInfo, Shard, TokenLogprobs, wr
 from distiller.records import InputError
 from distiller.store import LineFile
 
-
 LOCK = ".lock"
 
 
