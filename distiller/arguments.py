@@ -64,14 +64,18 @@ class FileArguments:
                 raise InputError(
                     f"--{name} {value} is out of range (from {low:g}{'' if high is None else f' to {high}'})"
                 )
-        if os.path.isdir(self.output):
-            raise InputError(f"--output {self.output} is a directory: name a file in it, such as out.jsonl")
+        self.check_output()
         sources = {os.path.realpath(name) for name in self.named(*self.INPUT_FIELDS, *self.PROMPT_FIELDS)}
         for suffix in ("", ".filtered.jsonl", ".failed.jsonl", ".manifest.json"):
             if os.path.realpath(self.output + suffix) in sources:
                 raise InputError(f"--output {self.output} would write over an input ({self.output + suffix})")
         for name in self.named(*self.INPUT_FIELDS, *self.PROMPT_FIELDS):
             self._check_place(name)
+
+    def check_output(self) -> None:
+        """Raises InputError where the output is there and cannot be what this command writes."""
+        if os.path.isdir(self.output):
+            raise InputError(f"--output {self.output} is a directory: name a file in it, such as out.jsonl")
 
     def _check_place(self, name: str) -> None:
         """Say from where to run, when a relative path is there from the repository root and not from here."""

@@ -30,6 +30,7 @@ from distiller.engine import EngineDead, TeacherEngine
 from distiller.manifest import Manifest, made_with
 from distiller.records import BadRow, InputError, parse_columns, read_rows, survey
 from distiller.runner import Work, run_stage
+from distiller.store import LineFile
 from distiller.templates import PromptError
 
 __all__ = [
@@ -114,6 +115,9 @@ def run(
     rows: Callable[[], list[dict | BadRow]] | None = None,
     preview: Preview | None = None,
     input_from: str = "",
+    engine: Callable[[StageArguments], TeacherEngine] | None = None,
+    open_done: Callable[[Path], LineFile] = LineFile,
+    report: Callable[[], object] | None = None,
 ) -> int:
     """Run a stage from its arguments; returns the exit code, everything there is to say printed.
 
@@ -121,11 +125,13 @@ def run(
     `ranges` are those of `read_rows`: required fields map to the command that makes them. `rows` replaces the reading
     of `--input` for a stage that joins several files (name them in INPUT_FIELDS). `preview` gives --dry_run all
     conversations of a row instead of the first one. `input_from` is the command that makes the input file, said when
-    there is none.
+    there is none. For a stage that asks and writes in ways of its own: `engine(args)` in place of `make_engine`,
+    `open_done` of `store.Store`, and `report()`, printed at the end.
     """
     reading = {"required": required, "optional": optional, "ranges": ranges}
+    hooks = (engine or make_engine, open_done, report)
     return exit_code_of(
-        lambda: _run(args, make_work, stage, reading, rows, preview, input_from),
+        lambda: _run(args, make_work, stage, reading, rows, preview, input_from, *hooks),
         lambda: f"Finished rows are on disk. To go on, run: {resume_command(args)}",
     )
 
@@ -152,7 +158,7 @@ def exit_code_of(body: Callable[[], int], rest: Callable[[], str]) -> int:
     return code
 
 
-def _run(args, make_work, stage, reading, rows, preview, input_from) -> int:
+def _run(args, make_work, stage, reading, rows, preview, input_from, make_engine, open_done, report) -> int:
     args.validate()
     if args.trust_remote_code:
         print(f"warning: --trust_remote_code runs Python code of {args.model} on this machine", file=sys.stderr)
@@ -178,8 +184,11 @@ def _run(args, make_work, stage, reading, rows, preview, input_from) -> int:
         max_failure_rate=args.max_failure_rate,
         overwrite=args.overwrite,
         retry_failed=args.retry_failed,
+        open_done=open_done,
     )
     print(summary, file=sys.stderr)
+    if report:
+        print(report(), file=sys.stderr)
     return summary.exit_code
 
 

@@ -30,7 +30,7 @@ from typing import TypeVar
 from distiller.engine import Ask, AskError, Completion, EngineDead, TeacherEngine
 from distiller.manifest import Manifest
 from distiller.records import BadRow, InputError
-from distiller.store import Store
+from distiller.store import LineFile, Store
 from distiller.whole_files import WholeFiles
 
 Parsed = TypeVar("Parsed")
@@ -153,16 +153,18 @@ def run_stage(
     overwrite: bool = False,
     retry_failed: bool = False,
     progress_seconds: float = 5.0,
+    open_done: Callable[[Path], LineFile] = LineFile,
 ) -> Summary:
     """Run `work` on every row that has no line yet in the output, the filtered or the failed file.
 
     `rows` is iterated lazily (twice with `retry_failed`), each with a unique "id"; `total` is their number, for the
     progress line. `make_engine` is called once a row needs it: nothing is loaded when the run is refused or all is
-    done. An InputError or ParseError that leaves `work` fails its row; any other exception is a fault of the program
-    and ends the run, as EngineDead does; what is finished stays on disk. Raises InputError for a run that is refused.
+    done. `open_done` is `Store`'s. An InputError or ParseError that leaves `work` fails its row; any other exception
+    is a fault of the program and ends the run, as EngineDead does; what is finished stays on disk. Raises InputError
+    for a run that is refused.
     """
     started = time.monotonic()
-    store = Store(output, manifest, overwrite=overwrite)
+    store = Store(output, manifest, overwrite=overwrite, open_done=open_done)
     engine = None
     try:
         if retry_failed:

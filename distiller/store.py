@@ -19,7 +19,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from distiller.manifest import Manifest, differences
@@ -123,8 +123,18 @@ class Store:
     """Opens the three files for one run (and for no other at the same time) and knows what is done. Holds 8 bytes of
     hash an id."""
 
-    def __init__(self, output: str | Path, manifest: Manifest, *, overwrite: bool = False):
-        """Raises InputError when the files belong to a run whose result would differ, or are in use."""
+    def __init__(
+        self,
+        output: str | Path,
+        manifest: Manifest,
+        *,
+        overwrite: bool = False,
+        open_done: Callable[[Path], LineFile] = LineFile,
+    ):
+        """`open_done` opens what the finished rows go to: a LineFile, or what else has its methods.
+
+        Raises InputError when the files belong to a run whose result would differ, or are in use.
+        """
         self.manifest = manifest
         self.manifest_path = Path(f"{output}.manifest.json")
         paths = (Path(output), Path(f"{output}.filtered.jsonl"), Path(f"{output}.failed.jsonl"))
@@ -132,7 +142,7 @@ class Store:
         self.files: dict[str, LineFile] = {}
         try:
             for kind, path in zip(KINDS, paths, strict=True):
-                self.files[kind] = LineFile(path)
+                self.files[kind] = open_done(path) if kind == "done" else LineFile(path)
                 if kind == "done":
                     self.files[kind].lock()
             self._take_over(overwrite)

@@ -34,7 +34,7 @@ class VLLMEngine:
     model: local directory or hub name. max_model_len: context in tokens, None for the model's own. dtype: "auto" is
     the model's own on GPU and float32 on CPU. chat_template_kwargs: passed to the chat template, which ignores names
     it does not know (`{"enable_thinking": False}`). max_num_seqs: sequences decoded at once, None for vLLM's own.
-    Raises EngineDead where the model cannot be loaded.
+    engine_arguments: more for `vllm.LLM`. Raises EngineDead where the model cannot be loaded.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class VLLMEngine:
         chat_template_kwargs: dict | None = None,
         trust_remote_code: bool = False,
         max_num_seqs: int | None = None,
+        engine_arguments: dict | None = None,
     ) -> None:
         check_weights(model)
         if max_model_len is not None and sampling.max_tokens >= max_model_len:
@@ -78,6 +79,7 @@ class VLLMEngine:
             arguments["dtype"] = "float32" if dtype == "auto" else dtype
             # On CPU that would be a share of the whole RAM; VLLM_CPU_KVCACHE_SPACE says it in GiB.
             arguments.pop("gpu_memory_utilization")
+        arguments |= engine_arguments or {}
         self.tokenizer = self._load_tokenizer(arguments["model"], trust_remote_code)
         children = set(multiprocessing.active_children())
         try:
@@ -90,8 +92,8 @@ class VLLMEngine:
         self.processes = [child for child in multiprocessing.active_children() if child not in children]
         self.max_model_len = self.llm.llm_engine.model_config.max_model_len
         self.capacity = int(self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs * QUEUED_AHEAD)
-        # request id -> (the runner's key, whether the prompt opened the thinking)
-        self._keys: dict[str, tuple[int, bool]] = {}
+        # request id -> (the runner's key, what `_read` needs to know of the ask: whether it opened the thinking)
+        self._keys: dict[str, tuple[int, object]] = {}
         self._refused: list[tuple[int, AskError]] = []
         self._serial = 0
         self._facts = {
@@ -150,7 +152,6 @@ class VLLMEngine:
             self._refused.append((key, refusal))
             return
         from vllm import SamplingParams
-        from vllm.exceptions import VLLMError
         from vllm.sampling_params import RequestOutputKind
 
         parameters = SamplingParams(
@@ -161,6 +162,12 @@ class VLLMEngine:
             seed=ask.seed,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+        self._queue(key, prompt, parameters, opened)
+
+    def _queue(self, key: int, prompt: list[int], parameters, note: object) -> None:
+        """Give vLLM a request; `note` comes back to `_read` with its output. Raises EngineDead."""
+        from vllm.exceptions import VLLMError
+
         request = str(self._serial)
         self._serial += 1
         try:
@@ -168,7 +175,7 @@ class VLLMEngine:
             self.llm.llm_engine.add_request(request, rendered, parameters)
         except (VLLMError, RuntimeError) as error:
             raise EngineDead(f"vLLM took no more requests: {error}") from error
-        self._keys[request] = (key, opened)
+        self._keys[request] = (key, note)
 
     def _check_length(self, prompt_tokens: int) -> None:
         needed = prompt_tokens + self.sampling.max_tokens
@@ -187,9 +194,12 @@ class VLLMEngine:
         while not finished and self._keys:
             for output in self._step():
                 if output.finished:
-                    key, opened = self._keys.pop(output.request_id)
-                    finished.append((key, _completion(output, opened)))
+                    key, note = self._keys.pop(output.request_id)
+                    finished.append((key, self._read(output, note)))
         return finished
+
+    def _read(self, output, opened: bool) -> Completion | AskError:
+        return _completion(output, opened)
 
     def _step(self) -> list:
         from vllm.exceptions import VLLMError

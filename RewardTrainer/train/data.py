@@ -27,22 +27,17 @@ hidden states `hidden[:, :-1][mask[:, 1:]]`. A response never starts at 0: each 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import takewhile
 from typing import Literal, NotRequired, TypedDict
 
-import jinja2
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from distiller.records import InputError, prompt_messages, response_text
+from distiller.tokens import NO_THINKING, prompt_ids, render, response_ids, token_ids
 from RewardTrainer.train.rows import NUMBERS, load_pairs
 
 __all__ = ["Dropped", "PairCollator", "PairFeatures", "encode_pair", "encode_pairs", "load_pairs"]
-
-NO_THINKING = {"enable_thinking": False}  # ignored by templates that do not know it
-
 
 # ---------------------------------------------------------------- tokens
 
@@ -129,14 +124,11 @@ def encode_pair(
         )
     start = teacher_prompt = response = None
     if generative is not None:
-        text = render(student_tokenizer, prompt, name, add_generation_prompt=True, **student_chat_template_kwargs)
-        prompt_ids = token_ids(student_tokenizer, text)
-        response = token_ids(student_tokenizer, response_text(row[generative]), split_special_tokens=True)
-        response += end_of_turn(student_tokenizer)
-        rows["gen"], start = prompt_ids + response, len(prompt_ids)
+        student_prompt = prompt_ids(student_tokenizer, prompt, name, **student_chat_template_kwargs)
+        response = response_ids(student_tokenizer, response_text(row[generative]))
+        rows["gen"], start = student_prompt + response, len(student_prompt)
     if teacher_tokenizer is not None:
-        text = render(teacher_tokenizer, prompt, name, add_generation_prompt=True, **teacher_chat_template_kwargs)
-        teacher_prompt = token_ids(teacher_tokenizer, text)
+        teacher_prompt = prompt_ids(teacher_tokenizer, prompt, name, **teacher_chat_template_kwargs)
 
     excess = max(len(ids) for ids in rows.values()) - max_length if max_length is not None else 0
     if excess > 0:
@@ -171,48 +163,6 @@ def encode_pair(
         teacher_response_start=None if teacher_prompt is None else len(teacher_prompt),
         truncated=max(excess, 0),
     )
-
-
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], name: str, **options) -> str:
-    """The conversation as text in the tokenizer's chat template; `name` is for the message of the InputError."""
-    if not tokenizer.chat_template:
-        raise InputError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template: use an instruct model, "
-            "or put the template beside the tokenizer as chat_template.jinja"
-        )
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except jinja2.TemplateError as fault:
-        roles = ", ".join(message["role"] for message in messages)
-        raise InputError(
-            f"{name}: the chat template of {tokenizer.name_or_path!r} refuses a conversation of {roles}: {fault}; "
-            "rewrite its prompt (a system message can go into the first user message) or leave the row out"
-        ) from fault
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, **options) -> list[int]:
-    """Ids of a rendered text: the template has written BOS already where it belongs, so none is added."""
-    return tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"]
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the template writes after an answer, up to and including its first special token ("<|im_end|>").
-
-    Without a special token there: all of it but trailing white space, which may be nothing.
-    """
-    return list(_end_of_turn(tokenizer, str(tokenizer.chat_template)))
-
-
-@lru_cache(maxsize=16)
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[int, ...]:
-    mark = "ANSWER"
-    messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": mark}]
-    _, found, after = render(tokenizer, messages, "a trial conversation").rpartition(mark)
-    if not found:
-        raise InputError(f"the chat template of {tokenizer.name_or_path!r} does not write what the assistant says")
-    ids = token_ids(tokenizer, after)
-    before = list(takewhile(lambda i: i not in tokenizer.added_tokens_decoder, ids))
-    return tuple(ids[: len(before) + 1] if len(before) < len(ids) else token_ids(tokenizer, after.rstrip()))
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

@@ -1,0 +1,82 @@
+"""Rows as token ids, the same for everybody who reads a response token by token: the student in training, the live
+teacher, and the cache of the teacher's log-probabilities.
+
+A generative row is `prompt_ids(...) + response_ids(...)`: prompt and response are tokenized apart and joined as ids,
+so that the border between them is exact by construction (why that matters: `RewardTrainer/train/data.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import lru_cache
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+import jinja2
+
+from distiller.records import InputError
+
+if TYPE_CHECKING:  # importing transformers takes seconds, and nothing here needs it
+    from transformers import PreTrainedTokenizerBase
+
+NO_THINKING = {"enable_thinking": False}  # ignored by templates that do not know it
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], name: str, **template_kwargs) -> list[int]:
+    """The prompt's messages in the tokenizer's chat template, up to where the answer begins. `name` is for errors."""
+    return token_ids(tokenizer, render(tokenizer, prompt, name, add_generation_prompt=True, **template_kwargs))
+
+
+def response_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The response and the template's end of turn. Text that spells a special token stays ordinary text."""
+    return token_ids(tokenizer, text, split_special_tokens=True) + end_of_turn(tokenizer)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], name: str, **options) -> str:
+    """The conversation as text in the tokenizer's chat template; `name` is for the message of the InputError."""
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template: use an instruct model, "
+            "or put the template beside the tokenizer as chat_template.jinja"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except jinja2.TemplateError as fault:
+        roles = ", ".join(message["role"] for message in messages)
+        raise InputError(
+            f"{name}: the chat template of {tokenizer.name_or_path!r} refuses a conversation of {roles}: {fault}; "
+            "rewrite its prompt (a system message can go into the first user message) or leave the row out"
+        ) from fault
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, **options) -> list[int]:
+    """Ids of a rendered text: the template has written BOS already where it belongs, so none is added."""
+    return tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the template writes after an answer, up to and including its first special token ("<|im_end|>").
+
+    Without a special token there: all of it but trailing white space, which may be nothing.
+    """
+    return list(_end_of_turn(tokenizer, str(tokenizer.chat_template)))
+
+
+@lru_cache(maxsize=16)
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[int, ...]:
+    mark = "ANSWER"
+    messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": mark}]
+    _, found, after = render(tokenizer, messages, "a trial conversation").rpartition(mark)
+    if not found:
+        raise InputError(f"the chat template of {tokenizer.name_or_path!r} does not write what the assistant says")
+    ids = token_ids(tokenizer, after)
+    before = list(takewhile(lambda i: i not in tokenizer.added_tokens_decoder, ids))
+    return tuple(ids[: len(before) + 1] if len(before) < len(ids) else token_ids(tokenizer, after.rstrip()))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hex digits for how a tokenizer cuts text; its chat template is not in it."""
+    core = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
+    known = json.dumps([core, sorted(tokenizer.get_vocab().items())])
+    return hashlib.sha256(known.encode("utf-8", "surrogatepass")).hexdigest()[:16]
