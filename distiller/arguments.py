@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
@@ -47,6 +48,12 @@ class StageArguments:
     overwrite: bool = flag(False, "begin anew where the output exists")
     retry_failed: bool = flag(False, "run the rows in <output>.failed.jsonl again, with other seeds")
     max_failure_rate: float = flag(0.1, "exit code 1 when a larger share of the rows failed")
+    max_tokens_total: int | None = flag(
+        None, "begin no more rows once this output has taken so many tokens, prompts and replies; exit code 3"
+    )
+    price_per_million: list[float] | None = flag(
+        None, "INPUT OUTPUT [CACHED]: price of a million tokens; the cost goes to the summary and the manifest"
+    )
     dry_run: bool = flag(False, "rows, token totals and two prompts; no model is loaded, nothing is written")
 
     temperature: float = flag(0.7, "sampling temperature; 0 is greedy")
@@ -84,6 +91,8 @@ class StageArguments:
             "overwrite",
             "retry_failed",
             "max_failure_rate",
+            "max_tokens_total",
+            "price_per_million",
             "dry_run",
             "tensor_parallel_size",
             "trust_remote_code",
@@ -129,6 +138,7 @@ class StageArguments:
             "limit": (1, None),
             "seed": (0, None),
             "max_concurrency": (1, None),
+            "max_tokens_total": (1, None),
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
@@ -136,6 +146,12 @@ class StageArguments:
                 raise InputError(
                     f"--{name} {value} is out of range (from {low:g}{'' if high is None else f' to {high}'})"
                 )
+        prices = self.price_per_million
+        if prices is not None and not (len(prices) in (2, 3) and all(0 <= price < math.inf for price in prices)):
+            raise InputError(
+                f"--price_per_million {' '.join(map(str, prices))}: two or three numbers are needed, the price of a "
+                "million prompt tokens, completion tokens and, where it differs, cached prompt tokens"
+            )
         sources = {os.path.realpath(name) for name in self.named(*self.INPUT_FIELDS, *self.PROMPT_FIELDS)}
         for suffix in ("", ".filtered.jsonl", ".failed.jsonl", ".manifest.json"):
             if os.path.realpath(self.output + suffix) in sources:

@@ -9,7 +9,7 @@
         sys.exit(run(args, make_work, stage="refine", required={"prompt": "", "rejected": ""}))
 
 Exit codes: 0 done; 1 refused, or too many rows failed; 2 the engine or the disk gave up (or the arguments are wrong);
-130 and 143 stopped by SIGINT and SIGTERM.
+3 stopped at --max_tokens_total; 130 and 143 stopped by SIGINT and SIGTERM.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from jinja2 import TemplateError
 
 from distiller.arguments import StageArguments, flag, parse_stage_args
 from distiller.dry_run import Preview, dry_run, first_ask
-from distiller.engine import EngineDead, TeacherEngine
+from distiller.engine import EngineDead, EngineNotStarted, TeacherEngine
 from distiller.manifest import Manifest, made_with
 from distiller.records import BadRow, InputError, parse_columns, read_rows, survey
 from distiller.runner import Work, run_stage
 from distiller.templates import PromptError
+from distiller.usage import Usage
 
 __all__ = ["StageArguments", "flag", "make_engine", "parse_stage_args", "resume_command", "run", "stop_signals"]
 
@@ -118,8 +119,11 @@ def run(
     except (InputError, PromptError) as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 1
+    except EngineNotStarted as fault:
+        print(f"the teacher engine did not start: {fault}", file=sys.stderr)
+        code = 2
     except EngineDead as fault:
-        print(f"the teacher engine is gone: {fault}", file=sys.stderr)
+        print(f"the teacher engine gave up: {fault}", file=sys.stderr)
         code = 2
     except OSError as fault:  # a full disk, a directory that may not be written
         print(f"error: {fault}", file=sys.stderr)
@@ -127,7 +131,8 @@ def run(
     except Stopped as stopped:
         print(f"stopped by {signal.Signals(stopped.signum).name}", file=sys.stderr)
         code = 128 + stopped.signum
-    print(f"Finished rows are on disk. To go on, run: {resume_command(args)}", file=sys.stderr)
+    kept = "Finished rows are on disk" if Path(args.output).exists() else "No row was finished"
+    print(f"{kept}. To go on, run: {resume_command(args)}", file=sys.stderr)
     return code
 
 
@@ -152,7 +157,8 @@ def _run(args, make_work, stage, required, optional, rows, preview, input_from) 
         return 0
     next(iter(source), None)  # a file that does not fit is refused before the output is touched
     identity = args.identity(stage, {name: digest for name, (_, digest) in surveys.items()})
-    manifest = Manifest(identity, {**made_with(), "base_url": _without_secrets(args.base_url)})
+    made = {**made_with(), "base_url": _without_secrets(args.base_url)}
+    manifest = Manifest(identity, made, usage=Usage(price_per_million=args.price_per_million))
     summary = run_stage(
         source,
         work,
@@ -163,6 +169,7 @@ def _run(args, make_work, stage, required, optional, rows, preview, input_from) 
         max_failure_rate=args.max_failure_rate,
         overwrite=args.overwrite,
         retry_failed=args.retry_failed,
+        max_tokens_total=args.max_tokens_total,
     )
     print(summary, file=sys.stderr)
     return summary.exit_code
