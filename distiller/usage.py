@@ -43,6 +43,11 @@ class Usage:
             self.cached_tokens = (self.cached_tokens or 0) + reply.cached_tokens
         return reply.prompt_tokens + reply.completion_tokens
 
+    @property
+    def tokens(self) -> dict:
+        """As a Completion or an AskError takes them."""
+        return {name: getattr(self, name) for name in COUNTS[1:]}
+
     def as_dict(self) -> dict:
         """For the manifest."""
         counts = {name: getattr(self, name) for name in COUNTS}
