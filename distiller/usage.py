@@ -12,7 +12,7 @@ class Usage:
     """The tokens of all runs of one output, as the engine counted them."""
 
     asks: int = 0
-    """Those answered, answers of no use included."""
+    """Those that came back, refused ones included."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int | None = None
