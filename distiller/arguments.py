@@ -66,7 +66,8 @@ class StageArguments:
 
     max_model_len: int | None = flag(None, "context in tokens; the model's own unless given")
     dtype: str = flag("auto", "in process: auto, bfloat16, float16, float32")
-    tensor_parallel_size: int = flag(1, "in process: GPUs the model is spread over")
+    num_engines: int | None = flag(None, "a pool of so many in-process engines on Ray (RAY_ADDRESS: in a cluster)")
+    tensor_parallel_size: int = flag(1, "in process: GPUs the model is spread over, for each engine")
     gpu_memory_utilization: float = flag(0.9, "in process: share of the GPU's memory to take")
     enforce_eager: bool = flag(False, "in process: no CUDA graphs; starts sooner, decodes slower")
     max_num_seqs: int | None = flag(None, "in process: sequences decoded at once; vLLM's own unless given")
@@ -94,6 +95,7 @@ class StageArguments:
             "max_tokens_total",
             "price_per_million",
             "dry_run",
+            "num_engines",
             "tensor_parallel_size",
             "trust_remote_code",
             "gpu_memory_utilization",
@@ -137,6 +139,7 @@ class StageArguments:
             "max_failure_rate": (0, 1),
             "limit": (1, None),
             "seed": (0, None),
+            "num_engines": (1, None),
             "max_concurrency": (1, None),
             "max_tokens_total": (1, None),
         }
@@ -146,6 +149,8 @@ class StageArguments:
                 raise InputError(
                     f"--{name} {value} is out of range (from {low:g}{'' if high is None else f' to {high}'})"
                 )
+        if self.num_engines and self.base_url:
+            raise InputError("--num_engines and --base_url exclude each other: the server has engines of its own")
         prices = self.price_per_million
         if prices is not None and not (len(prices) in (2, 3) and all(0 <= price < math.inf for price in prices)):
             raise InputError(

@@ -50,20 +50,23 @@ def make_engine(args: StageArguments) -> TeacherEngine:
             timeout=args.timeout,
             max_retries=args.max_retries,
         )
+    options = {
+        "tensor_parallel_size": args.tensor_parallel_size,
+        "max_model_len": args.max_model_len,
+        "dtype": args.dtype,
+        "gpu_memory_utilization": args.gpu_memory_utilization,
+        "enforce_eager": args.enforce_eager,
+        "chat_template_kwargs": args.template_kwargs,
+        "trust_remote_code": args.trust_remote_code,
+        "max_num_seqs": args.max_num_seqs,
+    }
+    if args.num_engines:
+        from distiller.ray_engine import RayEngine
+
+        return RayEngine(args.model, args.sampling, num_engines=args.num_engines, **options)
     from distiller.vllm_engine import VLLMEngine
 
-    return VLLMEngine(
-        args.model,
-        args.sampling,
-        tensor_parallel_size=args.tensor_parallel_size,
-        max_model_len=args.max_model_len,
-        dtype=args.dtype,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        enforce_eager=args.enforce_eager,
-        chat_template_kwargs=args.template_kwargs,
-        trust_remote_code=args.trust_remote_code,
-        max_num_seqs=args.max_num_seqs,
-    )
+    return VLLMEngine(args.model, args.sampling, **options)
 
 
 class Stopped(KeyboardInterrupt):

@@ -47,7 +47,7 @@ def with_template(teacher: Path, directory: Path, template: str | None) -> str:
 def run_driver(jobs: list[dict], directory: Path) -> list[dict]:
     job, result = directory / "job.json", directory / "result.json"
     job.write_text(json.dumps(jobs))
-    subprocess.run([sys.executable, str(DRIVER), str(job), str(result)], check=True, timeout=500)
+    subprocess.run([sys.executable, str(DRIVER), str(job), str(result)], check=True, timeout=1200)
     return json.loads(result.read_text())
 
 
