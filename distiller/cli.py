@@ -156,7 +156,7 @@ def _run(args, make_work, stage, required, optional, rows, preview, input_from) 
         total = min(surveys[args.input][0], args.limit or sys.maxsize)
     if args.dry_run:
         count_tokens, how = token_counter(args)
-        dry_run(source, preview or first_ask(work), count_tokens, args.max_tokens, how)
+        dry_run(source, preview or first_ask(work), count_tokens, args.max_tokens, how, args.price_per_million)
         return 0
     next(iter(source), None)  # a file that does not fit is refused before the output is touched
     identity = args.identity(stage, {name: digest for name, (_, digest) in surveys.items()})

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 from distiller.engine import Ask
 from distiller.records import BadRow, InputError
+from distiller.usage import Usage
 
 SAMPLE = 200
 """Rows whose tokens are counted; the rest is estimated from them."""
@@ -33,8 +34,10 @@ def dry_run(
     count_tokens: Callable[[list[dict]], int],
     max_tokens: int,
     how: str,
+    price_per_million: list[float] | None = None,
 ) -> None:
-    """Print the report. `count_tokens` takes a conversation; `how` says in words how it counts."""
+    """Print the report. `count_tokens` takes a conversation; `how` says in words how it counts. With prices (see
+    `usage`) the cost too, nothing cached."""
     good, bad = 0, 0
     sample: list[dict] = []  # uniform over all good rows (reservoir sampling), so that a sorted file does not mislead
     draw = random.Random(0)
@@ -63,6 +66,9 @@ def dry_run(
     print(f"asks: {_said(asks)}, when every reply can be parsed at the first try")
     print(f"prompt tokens: {_said(prompt_tokens)}, from {len(sample)} rows, {how}")
     print(f"completion tokens: at most {asks[0] * max_tokens:,.0f} (max_tokens {max_tokens} each)")
+    most = Usage(0, round(prompt_tokens[0]), round(asks[0] * max_tokens), None, price_per_million)
+    if most.cost is not None:
+        print(f"cost: at most {most.cost:,.4g} at --price_per_million")
 
 
 def _conversations(row: dict, preview: Preview) -> list[list[dict]]:
