@@ -1,9 +1,6 @@
 """RayEngine on a real local Ray, with real vLLM actors on CPU."""
 
-import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -11,15 +8,12 @@ from pathlib import Path
 
 import pytest
 import world
+from processes import ENVIRONMENT, ROOT
 from test_vllm_engine import ASKS, BAD, GREEDY, MAX_MODEL_LEN, SAMPLED, run_driver, user
 
 from distiller.arguments import StageArguments
 from distiller.ray_engine import Balance
 from distiller.records import InputError
-
-ROOT = Path(__file__).parents[1]
-SUFFIXES = ("", ".filtered.jsonl", ".failed.jsonl")
-MINUTE = 60.0
 
 
 def test_a_new_row_goes_to_the_least_busy_engine_and_its_next_ask_to_the_same():
@@ -77,71 +71,12 @@ def command(pairs: Path, output: Path, *flags: str) -> list[str]:
     return [sys.executable, "refine/refine_response_vllm.py", *flags]
 
 
-def rows_of(output: Path) -> dict[str, dict]:
-    """The rows of all three files by id; none may be torn or there twice."""
-    data = [Path(f"{output}{suffix}").read_bytes() for suffix in SUFFIXES]
-    assert all(not part or part.endswith(b"\n") for part in data)
-    rows = [json.loads(line) for part in data for line in part.splitlines()]
-    assert len({row["id"] for row in rows}) == len(rows)
-    return {row["id"]: row for row in rows}
-
-
-def actors_of(process: subprocess.Popen) -> list[int]:
-    """Process ids of the engines under a command."""
-    listing = subprocess.run(["ps", "-eo", "pid,sid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    table = {int(line.split()[0]): line.split(None, 3)[2:] for line in listing.splitlines()[1:]}
-
-    def under(pid: int) -> bool:
-        while pid in table:
-            if pid == process.pid:
-                return True
-            pid = int(table[pid][0])
-        return False
-
-    return [pid for pid, (_, args) in table.items() if args.startswith("ray::EngineActor") and under(pid)]
-
-
-@pytest.mark.slow
-def test_a_killed_actor_ends_the_command_within_a_minute_and_the_rerun_finishes(tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment.pop("RAY_ADDRESS", None)
-    pairs, whole, pooled = tmp_path / "pairs.jsonl", tmp_path / "whole.jsonl", tmp_path / "pooled.jsonl"
-    world.write_jsonl(pairs, world.original_pairs(80, seed=61))
-    done = subprocess.run(command(pairs, whole), cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-    flags = ("--num_engines", "2")
-    with (tmp_path / "log").open("w+") as log:
-        process = subprocess.Popen(command(pairs, pooled, *flags), cwd=ROOT, env=environment, stderr=log)
-        try:
-            while not pooled.exists() or len(pooled.read_bytes().splitlines()) < 5:
-                assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-                time.sleep(0.02)
-            actors = actors_of(process)
-            assert len(actors) == 2
-            os.kill(actors[0], signal.SIGKILL)
-            assert process.wait(timeout=MINUTE) == 2
-        finally:
-            process.kill()
-            process.wait()
-    said = (tmp_path / "log").read_text()
-    assert "the teacher engine gave up: engine" in said and "of 2, an actor on Ray, is gone" in said
-    assert "To go on, run: python refine/refine_response_vllm.py" in said and "Traceback" not in said
-    assert not actors_of(process)
-    before = rows_of(pooled)
-    assert 5 <= len(before) < 80 and not Path(f"{pooled}.failed.jsonl").read_bytes()
-
-    done = subprocess.run(command(pairs, pooled, *flags), cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert rows_of(pooled) == rows_of(whole) and rows_of(pooled).items() >= before.items()
-
-
 @pytest.mark.slow
 def test_what_cannot_start_in_a_cluster_is_refused_with_its_reason_and_not_waited_for(tmp_path):
     pairs, output = tmp_path / "pairs.jsonl", tmp_path / "o.jsonl"
     world.write_jsonl(pairs, world.original_pairs(3, seed=62))
     ray = str(Path(sys.executable).parent / "ray")
-    environment = os.environ | {"RAY_ADDRESS": "127.0.0.1:6391", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = ENVIRONMENT | {"RAY_ADDRESS": "127.0.0.1:6391", "RAY_USAGE_STATS_ENABLED": "0"}
 
     def refusal(*flags: str) -> str:
         done = subprocess.run(
