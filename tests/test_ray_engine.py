@@ -20,10 +20,11 @@ def test_a_new_row_goes_to_the_least_busy_engine_and_its_next_ask_to_the_same():
     draw, balance, flying = random.Random(0), Balance(4), {}
     homes: dict[int, int] = {}
     for key in range(3000):
-        while len(flying) >= 40:  # some come back, and every other row asks again
-            back = draw.choice(list(flying))
-            balance.release(flying.pop(back))
-            if draw.random() < 0.5:
+        if len(flying) >= 40:  # some come back, and half of their rows ask again
+            came = draw.sample(list(flying), 20)
+            for back in came:
+                balance.release(flying.pop(back))
+            for back in came[::2]:
                 flying[back] = balance.take(back)
                 assert flying[back] == homes[back]
         idle = min(balance.load)

@@ -99,6 +99,14 @@ def test_each_stage_has_its_own_longest_reply(odd):
     assert longest == {(1, False): None, (1, True): 77, (3, False): 77}
 
 
+def test_scoring_goes_on_from_the_refinement_prompt_of_this_command(odd):
+    edited = (ROOT / "refine/prompts/refine.txt").read_text() + "Be quick.\n"
+    Path("mine.txt").write_text(edited)
+    assert both("--prompt_file", "mine.txt") == 0
+    graded = [ask.messages for ask in Odd.asked if len(ask.messages) == 3]
+    assert graded and all(messages[0]["content"].endswith("Be quick.") for messages in graded)
+
+
 def test_other_scoring_is_another_run_and_its_sampling_is_the_commands(odd, capsys):
     assert both("--temperature", "0") == 0
     assert "note: scoring takes --temperature 0.0 from this command, not 0.7" in capsys.readouterr().err
