@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 import re
 import sys
@@ -101,6 +102,12 @@ class StageArguments(FileArguments):
     limit: int | None = flag(None, "only the first rows of the input; may grow from run to run")
     seed: int = flag(0, "seed of everything drawn")
     retry_failed: bool = flag(False, "run the rows in <output>.failed.jsonl again, with other seeds")
+    max_tokens_total: int | None = flag(
+        None, "begin no more rows once this output has taken so many tokens, prompts and replies; exit code 3"
+    )
+    price_per_million: list[float] | None = flag(
+        None, "INPUT OUTPUT [CACHED]: price of a million tokens; the cost goes to the summary and the manifest"
+    )
     dry_run: bool = flag(False, "rows, token totals and two prompts; no model is loaded, nothing is written")
 
     temperature: float = flag(0.7, "sampling temperature; 0 is greedy")
@@ -113,7 +120,8 @@ class StageArguments(FileArguments):
 
     max_model_len: int | None = flag(None, "context in tokens; the model's own unless given")
     dtype: str = flag("auto", "in process: auto, bfloat16, float16, float32")
-    tensor_parallel_size: int = flag(1, "in process: GPUs the model is spread over")
+    num_engines: int | None = flag(None, "a pool of so many in-process engines on Ray (RAY_ADDRESS: in a cluster)")
+    tensor_parallel_size: int = flag(1, "in process: GPUs the model is spread over, for each engine")
     gpu_memory_utilization: float = flag(0.9, "in process: share of the GPU's memory to take")
     enforce_eager: bool = flag(False, "in process: no CUDA graphs; starts sooner, decodes slower")
     max_num_seqs: int | None = flag(None, "in process: sequences decoded at once; vLLM's own unless given")
@@ -132,7 +140,9 @@ class StageArguments(FileArguments):
         "max_tokens": (1, None),
         "max_tries": (1, None),
         "seed": (0, None),
+        "num_engines": (1, None),
         "max_concurrency": (1, None),
+        "max_tokens_total": (1, None),
     }
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset(
         {
@@ -142,7 +152,10 @@ class StageArguments(FileArguments):
             "overwrite",
             "retry_failed",
             "max_failure_rate",
+            "max_tokens_total",
+            "price_per_million",
             "dry_run",
+            "num_engines",
             "tensor_parallel_size",
             "trust_remote_code",
             "gpu_memory_utilization",
@@ -174,6 +187,14 @@ class StageArguments(FileArguments):
 
     def validate(self) -> None:
         super().validate()
+        if self.num_engines and self.base_url:
+            raise InputError("--num_engines and --base_url exclude each other: the server has engines of its own")
+        prices = self.price_per_million
+        if prices is not None and not (len(prices) in (2, 3) and all(0 <= price < math.inf for price in prices)):
+            raise InputError(
+                f"--price_per_million {' '.join(map(str, prices))}: two or three numbers are needed, the price of a "
+                "million prompt tokens, completion tokens and, where it differs, cached prompt tokens"
+            )
         for name in self.named("model"):
             self._check_place(name)
 

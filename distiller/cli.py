@@ -9,7 +9,7 @@
         sys.exit(run(args, make_work, stage="refine", required={"prompt": "", "rejected": ""}))
 
 Exit codes: 0 done; 1 refused, or too many rows failed; 2 the engine or the disk gave up (or the arguments are wrong);
-130 and 143 stopped by SIGINT and SIGTERM.
+3 stopped at --max_tokens_total; 130 and 143 stopped by SIGINT and SIGTERM.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from jinja2 import TemplateError
 
 from distiller.arguments import StageArguments, flag, parse_stage_args
 from distiller.dry_run import CountTokens, Preview, dry_run, first_ask
-from distiller.engine import EngineDead, TeacherEngine
+from distiller.engine import EngineDead, EngineNotStarted, TeacherEngine
 from distiller.manifest import Manifest, made_with
 from distiller.records import BadRow, InputError, parse_columns, read_rows, survey
 from distiller.runner import Work, run_stage
 from distiller.store import LineFile
 from distiller.templates import PromptError
+from distiller.usage import Usage
 
 __all__ = [
     "StageArguments",
@@ -60,20 +61,23 @@ def make_engine(args: StageArguments) -> TeacherEngine:
             timeout=args.timeout,
             max_retries=args.max_retries,
         )
+    options = {
+        "tensor_parallel_size": args.tensor_parallel_size,
+        "max_model_len": args.max_model_len,
+        "dtype": args.dtype,
+        "gpu_memory_utilization": args.gpu_memory_utilization,
+        "enforce_eager": args.enforce_eager,
+        "chat_template_kwargs": args.template_kwargs,
+        "trust_remote_code": args.trust_remote_code,
+        "max_num_seqs": args.max_num_seqs,
+    }
+    if args.num_engines:
+        from distiller.ray_engine import RayEngine
+
+        return RayEngine(args.model, args.sampling, num_engines=args.num_engines, **options)
     from distiller.vllm_engine import VLLMEngine
 
-    return VLLMEngine(
-        args.model,
-        args.sampling,
-        tensor_parallel_size=args.tensor_parallel_size,
-        max_model_len=args.max_model_len,
-        dtype=args.dtype,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        enforce_eager=args.enforce_eager,
-        chat_template_kwargs=args.template_kwargs,
-        trust_remote_code=args.trust_remote_code,
-        max_num_seqs=args.max_num_seqs,
-    )
+    return VLLMEngine(args.model, args.sampling, **options)
 
 
 class Stopped(KeyboardInterrupt):
@@ -132,7 +136,10 @@ def run(
     hooks = (engine or make_engine, open_done, report)
     return exit_code_of(
         lambda: _run(args, make_work, stage, reading, rows, preview, input_from, *hooks),
-        lambda: f"Finished rows are on disk. To go on, run: {resume_command(args)}",
+        lambda: (
+            f"{'Finished rows are on disk' if Path(args.output).exists() else 'No row was finished'}. "
+            f"To go on, run: {resume_command(args)}"
+        ),
     )
 
 
@@ -145,8 +152,11 @@ def exit_code_of(body: Callable[[], int], rest: Callable[[], str]) -> int:
     except (InputError, PromptError) as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 1
+    except EngineNotStarted as fault:
+        print(f"the teacher engine did not start: {fault}", file=sys.stderr)
+        code = 2
     except EngineDead as fault:
-        print(f"the teacher engine is gone: {fault}", file=sys.stderr)
+        print(f"the teacher engine gave up: {fault}", file=sys.stderr)
         code = 2
     except OSError as fault:  # a full disk, a directory that may not be written
         print(f"error: {fault}", file=sys.stderr)
@@ -167,13 +177,22 @@ def _run(args, make_work, stage, reading, rows, preview, input_from, make_engine
     source = rows() if rows else read_rows(args.input, parse_columns(args.columns), args.limit, **reading)
     if args.dry_run:
         count_tokens, how = token_counter(args)
-        dry_run(source, preview or first_ask(work), count_tokens, args.max_tokens, how, args.seed)
+        dry_run(
+            source,
+            preview or first_ask(work),
+            count_tokens,
+            args.max_tokens,
+            how,
+            args.seed,
+            args.price_per_million,
+        )
         return 0
     next(iter(source), None)  # a file that does not fit is refused before the output is touched
     surveys = {name: survey(name) for name in args.named(*args.INPUT_FIELDS)}  # (rows, hash) of each input
     total = len(source) if rows else min(surveys[args.input][0], args.limit or sys.maxsize)
     identity = args.identity(stage, {name: digest for name, (_, digest) in surveys.items()})
-    manifest = Manifest(identity, {**made_with(), "base_url": _without_secrets(args.base_url)})
+    made = {**made_with(), "base_url": _without_secrets(args.base_url)}
+    manifest = Manifest(identity, made, usage=Usage(price_per_million=args.price_per_million))
     summary = run_stage(
         source,
         work,
@@ -185,6 +204,7 @@ def _run(args, make_work, stage, reading, rows, preview, input_from, make_engine
         overwrite=args.overwrite,
         retry_failed=args.retry_failed,
         open_done=open_done,
+        max_tokens_total=args.max_tokens_total,
     )
     print(summary, file=sys.stderr)
     if report:

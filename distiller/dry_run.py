@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from distiller.engine import Ask
 from distiller.records import BadRow, InputError
+from distiller.usage import Usage
 
 SAMPLE = 10_000
 """Rows whose tokens are counted; the rest is estimated from them. Rendering and counting them takes seconds."""
@@ -89,9 +90,16 @@ def estimate(
 
 
 def dry_run(
-    rows: Iterable[dict | BadRow], preview: Preview, count_tokens: CountTokens, max_tokens: int, how: str, seed: int
+    rows: Iterable[dict | BadRow],
+    preview: Preview,
+    count_tokens: CountTokens,
+    max_tokens: int,
+    how: str,
+    seed: int,
+    price_per_million: list[float] | None = None,
 ) -> None:
-    """Print the report. `how` says in words how tokens are counted."""
+    """Print the report. `how` says in words how tokens are counted. With prices (see `usage`) the cost too, nothing
+    cached."""
     found = estimate(rows, preview, count_tokens, seed=seed)
     for row in found.shown:
         for number, conversation in enumerate(_conversations(row, preview), 1):
@@ -108,6 +116,9 @@ def dry_run(
     print(f"prompt tokens: {_said(found.prompt_tokens)}, from {found.sampled} rows, {how}")
     most = sum(found.asks) * max_tokens
     print(f"completion tokens: at most {most:,.0f} (max_tokens {max_tokens} each)")
+    tokens = Usage(0, round(sum(found.prompt_tokens)), round(most), None, price_per_million)
+    if tokens.cost is not None:
+        print(f"cost: at most {tokens.cost:,.4g} at --price_per_million")
 
 
 def _conversations(row: dict, preview: Preview) -> list[list[dict]]:

@@ -1,9 +1,9 @@
 """The teacher, as the stages see it: conversations in, completions out.
 
-Three engines stand behind this interface (vLLM in process, an OpenAI-compatible server, a pool of vLLM actors) and the
-runner treats them alike: it calls `submit` while fewer than `capacity` asks are in flight, and `collect` to get what
-has finished. An engine knows nothing of rows, files, retries of an unparsable reply or resuming; those belong to the
-runner.
+Three engines stand behind this interface (vLLM in process, an OpenAI-compatible server, a pool of vLLM actors on Ray)
+and the runner treats them alike: it calls `submit` while fewer than `capacity` asks are in flight, and `collect` to
+get what has finished. An engine knows nothing of rows, files, retries of an unparsable reply or resuming; those belong
+to the runner.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the teacher draws its tokens; one setting for a whole run, only the seed changes from ask to ask."""
+    """How the teacher draws its tokens; one setting for a whole stage, only the seed changes from ask to ask."""
 
     temperature: float
     """0 is greedy."""
@@ -34,6 +34,8 @@ class Ask:
     """`[{"role": "system" | "user" | "assistant", "content": str}, ...]`"""
     seed: int
     """Sampling seed in [0, 2**31). The same ask with the same seed is meant to give the same completion."""
+    sampling: Sampling | None = None
+    """This ask's own sampling, where two stages share an engine; None for the engine's."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,33 @@ class Completion:
     completion_tokens: int
     logprobs: list[float] | None
     """Log-probability of each sampled token, natural log, shape (completion_tokens,); None where not asked for."""
+    cached_tokens: int | None = None
+    """Prompt tokens that came from a prefix cache; None where the engine does not say."""
 
 
 class AskError(Exception):
-    """This ask alone failed (over-long prompt, HTTP 400, ...). The message is the reason, fit for the failed file."""
+    """This ask alone failed (over-long prompt, HTTP 400, ...). The message is the reason, fit for the failed file.
+
+    An answer that is of no use may have been paid for all the same, hence the tokens; they mean what they mean in a
+    Completion.
+    """
+
+    def __init__(
+        self, reason: str, prompt_tokens: int = 0, completion_tokens: int = 0, cached_tokens: int | None = None
+    ) -> None:
+        super().__init__(reason)
+        self.prompt_tokens = prompt_tokens
+        self.completion_tokens = completion_tokens
+        self.cached_tokens = cached_tokens
 
 
 class EngineDead(RuntimeError):
-    """The engine is gone (dead worker, server unreachable after the client's retries); the command must end."""
+    """No ask can be answered any more (a killed process, a server that refuses or is gone after the client's retries);
+    the command must end. The message says what happened and what to check."""
+
+
+class EngineNotStarted(EngineDead):
+    """The engine could not be started in the first place (no such model, too little memory): nothing was asked."""
 
 
 class TeacherEngine(Protocol):

@@ -30,6 +30,7 @@ class ShardFiles:
 
     def __init__(self, path: Path, info: CacheInfo, shard_tokens: int):
         check_directory(path)
+        self.created = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._info, self._shard_tokens = info, shard_tokens
@@ -75,6 +76,11 @@ class ShardFiles:
         self.cut_torn_line()
         for path in self._shards():
             path.unlink()
+
+    def unlink(self) -> None:
+        """Take the empty directory away."""
+        self._lock.path.unlink()
+        self.path.rmdir()
 
     def close(self) -> None:
         self._flush()

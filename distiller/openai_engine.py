@@ -1,10 +1,22 @@
 """The teacher behind an OpenAI-compatible server (`--base_url`): a hosted API, or a fleet of `vllm serve`.
 
 The `openai` client runs in an event loop in a thread of its own; `submit` hands it an ask, `collect` takes what has
-come back. Retries of 408, 409, 429, 5xx, timeouts and broken connections are the client's own (exponential,
+come back. Retries of 408, 409, 429, 5xx, time-outs and broken connections are the client's own (exponential,
 Retry-After obeyed). What is left after them falls into two kinds, and the difference matters: an ask that failed is
 written to the failed file and left alone by a rerun; a server that failed must end the command with nothing written,
-so that a rerun picks up where it stopped.
+so that a rerun picks up where it stopped. Where the status does not tell, the server is asked something tiny: if it
+meets the same fate, the server is at fault, else the ask.
+
+| what comes back                    | what happens                                                            |
+|------------------------------------|-------------------------------------------------------------------------|
+| 401, 402, 404                      | the command ends                                                        |
+| 400, 403, 413, 422                 | the ask failed; the command ends where a tiny ask is refused as well    |
+| 408, 409, 429, 5xx, cut connection | retried; then asked again, or the command ends where a tiny ask fails   |
+| time-out                           | retried; then the ask failed, or the command ends where a tiny ask does |
+| no answer in the reply             | asked again                                                             |
+| content filter, refusal            | the ask failed                                                          |
+
+What is asked again has failed after `TRIES` times.
 """
 
 from __future__ import annotations
@@ -14,19 +26,30 @@ import json
 import os
 import queue
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from importlib import metadata
 
 import openai
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionMessage
 from openai.types.chat.chat_completion import Choice
+from openai.types.completion_usage import PromptTokensDetails
 
 from distiller.chat import check_messages, split_thinking
-from distiller.engine import Ask, AskError, Completion, EngineDead, Sampling
+from distiller.engine import Ask, AskError, Completion, EngineDead, EngineNotStarted, Sampling
+from distiller.usage import Usage
 
 CONNECT_SECONDS = 5.0  # a machine that is off must be found out within a minute, all retries included
-PROBE_SECONDS = 10.0  # how long a server that failed an ask gets to answer anything at all
+LIST_SECONDS = 10.0  # how long a server gets to list its models
+TRIES = 3
+RETRIED = (408, 409, 429)  # by the client, as 5xx
+TINY = [{"role": "user", "content": "Say yes."}]
+
+
+class _Passing(AskError):
+    """A fault that may be gone when the same is asked again."""
 
 
 class OpenAIEngine:
@@ -34,7 +57,7 @@ class OpenAIEngine:
 
     base_url: with its `/v1`. max_concurrency: requests in flight at once. timeout: seconds for one try. max_retries:
     tries after the first. chat_template_kwargs: for vLLM and SGLang servers; it and `top_k` are sent only where set,
-    because a hosted API refuses fields it does not know. Raises EngineDead for a base_url that is no address.
+    because a hosted API refuses fields it does not know. Raises EngineNotStarted for a base_url that is no address.
     """
 
     def __init__(
@@ -49,21 +72,20 @@ class OpenAIEngine:
         max_retries: int = 5,
     ) -> None:
         if not base_url.startswith(("http://", "https://")):
-            raise EngineDead(f"--base_url {base_url!r} must start with http:// or https:// (and usually end with /v1)")
+            raise EngineNotStarted(
+                f"--base_url {base_url!r} must start with http:// or https:// (and usually end with /v1)"
+            )
         self.model = model
         self.sampling = sampling
         self.base_url = base_url
         self.capacity = max_concurrency
+        self._timeout = timeout
         self.template_kwargs = dict(chat_template_kwargs or {})
-        self.extra_body: dict = {}
-        if sampling.top_k > 0:
-            self.extra_body["top_k"] = sampling.top_k
-        if self.template_kwargs:
-            self.extra_body["chat_template_kwargs"] = self.template_kwargs
         # Hosted reasoning models refuse `max_tokens`, some local servers know no other: the first refusal switches.
         self._length_field = "max_tokens"
         self._finished: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
         self._in_flight = 0
+        self._answered = False  # any ask yet, so that the server is known to take the fields we send
         self._dead: EngineDead | None = None
         self._slots = asyncio.Semaphore(max_concurrency)
         self._client = openai.AsyncOpenAI(
@@ -103,63 +125,113 @@ class OpenAIEngine:
         """The answer, or the reason why this ask has none. Raises EngineDead where no ask can be answered."""
         try:
             check_messages(ask.messages)
-            async with self._slots:
-                return _completion(await self._request(ask))
         except AskError as refusal:
             return refusal
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise EngineDead(
-                f"{self.base_url} refused the credentials (HTTP {error.status_code}): {error.message}. "
-                "Check OPENAI_API_KEY"
-            ) from error
-        except openai.NotFoundError as error:
-            raise EngineDead(
-                f"{self.base_url} answered HTTP 404: {error.message}. "
-                f"Check --base_url (it usually ends with /v1) and --model {self.model}; {await self._served_models()}"
-            ) from error
-        except openai.APIStatusError as error:
-            return AskError(f"HTTP {error.status_code} from the server: {error.message}")
-        except openai.APIConnectionError as error:
-            if not await self._reachable():
-                raise EngineDead(
-                    f"{self.base_url} cannot be reached after {self._client.max_retries} retries ({error.message}). "
-                    "Check that the server runs; the same command then goes on where this one stopped"
-                ) from error
-            return AskError(f"no answer after {self._client.max_retries} retries: {error.message}")
-        except (openai.APIError, json.JSONDecodeError) as error:
-            return AskError(f"the server's answer cannot be read: {error}")
+        usage = Usage()  # an answer that is of no use and asked for again is paid for all the same
+        async with self._slots:
+            for _ in range(TRIES):
+                answer = await self._ask_once(ask)
+                usage.add(answer)
+                if not isinstance(answer, _Passing):
+                    break
+        if isinstance(answer, AskError):
+            return AskError(str(answer), **usage.tokens)
+        return replace(answer, **usage.tokens)
 
-    async def _request(self, ask: Ask) -> ChatCompletion:
+    async def _ask_once(self, ask: Ask) -> Completion | AskError:
+        """Ask, with the client's retries. Raises EngineDead."""
+        try:
+            answer = _completion(await self._request(ask))
+        except (openai.APIStatusError, openai.APIConnectionError) as error:
+            return await self._ask_at_fault(error)
+        except (openai.APIError, json.JSONDecodeError) as error:
+            return _Passing(f"the server's answer cannot be read: {error}")
+        self._answered |= isinstance(answer, Completion)
+        return answer
+
+    async def _request(self, ask: Ask, max_retries: int | None = None) -> ChatCompletion:
+        sampling = ask.sampling or self.sampling
+        top_k = {"top_k": sampling.top_k} if sampling.top_k > 0 else {}
+        template = {"chat_template_kwargs": self.template_kwargs} if self.template_kwargs else {}
+        client = self._client if max_retries is None else self._client.with_options(max_retries=max_retries)
         field = self._length_field
         try:
-            return await self._client.chat.completions.create(
+            return await client.chat.completions.create(
                 model=self.model,
                 messages=ask.messages,
-                temperature=self.sampling.temperature,
-                top_p=self.sampling.top_p,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
                 seed=ask.seed,
-                extra_body=self.extra_body or None,
-                **{field: self.sampling.max_tokens},
+                extra_body={**top_k, **template} or None,
+                **{field: sampling.max_tokens},
             )
         except openai.BadRequestError as error:
             if field != "max_tokens" or "max_completion_tokens" not in error.message:
                 raise
         self._length_field = "max_completion_tokens"
-        return await self._request(ask)
+        return await self._request(ask, max_retries)
 
-    async def _reachable(self) -> bool:
-        """Whether the server answers anything, an error included."""
+    async def _ask_at_fault(self, error: openai.APIStatusError | openai.APIConnectionError) -> AskError:
+        """The ask's failure, or EngineDead raised where the server is at fault."""
+        refused = _refused(error)
+        if isinstance(error, openai.APIStatusError):
+            reason = f"HTTP {error.status_code} from the server: {error.message}"
+            if refused and self._answered and error.status_code not in (401, 402, 403, 404):
+                return AskError(reason)
+            if error.status_code in (401, 402, 404) or await self._fate_of_a_tiny_ask() is refused:
+                raise EngineDead(await self._end_for(error)) from error
+            return AskError(reason) if refused else _Passing(reason)
+        if await self._fate_of_a_tiny_ask() is refused:
+            raise EngineDead(await self._end_for(error)) from error
+        reason = f"no answer after {self._client.max_retries} retries: {error.message}"
+        return AskError(reason) if isinstance(error, openai.APITimeoutError) else _Passing(reason)
+
+    async def _fate_of_a_tiny_ask(self) -> bool | None:
+        """None: it is answered. True: the server refuses it. False: the server fails."""
+        # The full length as long as nothing was answered: it may be what the server refuses.
+        sampling = replace(self.sampling, max_tokens=1) if self._answered else self.sampling
         try:
-            await self._client.with_options(max_retries=0, timeout=PROBE_SECONDS).models.list()
-        except openai.APIStatusError:
-            return True
-        except openai.APIConnectionError:
-            return False
-        return True
+            await self._request(Ask(TINY, 0, sampling), max_retries=1)
+        except (openai.APIStatusError, openai.APIConnectionError) as error:
+            return _refused(error)
+        except (openai.APIError, json.JSONDecodeError):
+            return None
+        return None
+
+    async def _end_for(self, error: openai.APIStatusError | openai.APIConnectionError) -> str:
+        """What happened to the server and what to check, for the user."""
+        retries = f"after {self._client.max_retries} retries"
+        if isinstance(error, openai.APITimeoutError):
+            return (
+                f"{self.base_url} answers nothing within --timeout {self._timeout:g} seconds, {retries}. "
+                "Check the server, raise --timeout, or lower --max_concurrency"
+            )
+        if isinstance(error, openai.APIConnectionError):
+            return f"{self.base_url} cannot be reached {retries} ({error.message}). Check that the server runs"
+        said = f"HTTP {error.status_code}: {error.message}"
+        match error.status_code:
+            case 401 | 402 | 403:
+                return f"{self.base_url} refused the credentials ({said}). Check OPENAI_API_KEY and the account"
+            case 404:
+                return (
+                    f"{self.base_url} answered {said}. Check --base_url (it usually ends with /v1) and --model "
+                    f"{self.model}; {await self._served_models()}"
+                )
+            case 429:
+                return (
+                    f"{self.base_url} takes no more requests {retries} ({said}). Lower --max_concurrency, or check "
+                    "the account's limits"
+                )
+        if _refused(error):
+            return (
+                f"{self.base_url} refuses every request ({said}). It may not take --top_k, chat template arguments, "
+                "or so large a --max_tokens"
+            )
+        return f"{self.base_url} fails every request {retries} ({said}). Check the server"
 
     async def _served_models(self) -> str:
         try:
-            page = await self._client.with_options(max_retries=0, timeout=PROBE_SECONDS).models.list()
+            page = await self._client.with_options(max_retries=0, timeout=LIST_SECONDS).models.list()
         except openai.APIError:
             return "it lists no models"
         return f"it serves {', '.join(model.id for model in page.data[:10]) or 'no model'}"
@@ -190,6 +262,12 @@ class OpenAIEngine:
         }
 
 
+def _refused(error: openai.APIStatusError | openai.APIConnectionError) -> bool:
+    """Whether the server read the request and will not have it; otherwise it fails, or is not there."""
+    status = error.status_code if isinstance(error, openai.APIStatusError) else 500
+    return status < 500 and status not in RETRIED
+
+
 def _completion(response: ChatCompletion) -> Completion | AskError:
     """The server's answer as ours; token counts are 0 where the server sends none.
 
@@ -197,31 +275,36 @@ def _completion(response: ChatCompletion) -> Completion | AskError:
     through as a str, a field of another type as that type), so everything used is checked here.
     """
     if not isinstance(response, ChatCompletion):
-        return AskError("the server answered with something that is no chat completion. Check --base_url")
+        return _Passing("the server answered with something that is no chat completion. Check --base_url")
+    tokens = _tokens(response)
     choice = response.choices[0] if isinstance(response.choices, list) and response.choices else None
     if not isinstance(choice, Choice) or not isinstance(choice.message, ChatCompletionMessage):
-        return AskError("the server's answer holds no message")
+        return _Passing("the server's answer holds no message", **tokens)
     extra = choice.message.model_extra or {}
     thinking = extra.get("reasoning_content") or extra.get("reasoning") or None
     refusal = f": {choice.message.refusal}" if choice.message.refusal else ""
     if choice.finish_reason not in ("stop", "length"):
-        return AskError(f"the server ended the reply with finish_reason {choice.finish_reason!r}{refusal}")
+        kind = AskError if refusal or choice.finish_reason == "content_filter" else _Passing
+        return kind(f"the server ended the reply with finish_reason {choice.finish_reason!r}{refusal}", **tokens)
     text = choice.message.content
     if text is None:
         # A server with a reasoning parser has no content for a reply cut inside its thinking: an empty answer.
         if not (thinking and choice.finish_reason == "length"):
-            return AskError(f"the server's message has no content{refusal}")
+            kind = AskError if refusal else _Passing
+            return kind(f"the server's message has no content{refusal}", **tokens)
         text = ""
     if not isinstance(text, str):
-        return AskError(f"the server's message content is a {type(text).__name__}, not a text")
+        return _Passing(f"the server's message content is a {type(text).__name__}, not a text", **tokens)
     if thinking is None:
         text, thinking = split_thinking(text, opened=None)
-    usage = response.usage if isinstance(response.usage, CompletionUsage) else None
-    return Completion(
-        text=text,
-        reasoning=thinking,
-        finish_reason=choice.finish_reason,
-        prompt_tokens=usage.prompt_tokens if usage else 0,
-        completion_tokens=usage.completion_tokens if usage else 0,
-        logprobs=None,
-    )
+    return Completion(text=text, reasoning=thinking, finish_reason=choice.finish_reason, logprobs=None, **tokens)
+
+
+def _tokens(response: ChatCompletion) -> Mapping[str, int | None]:
+    """The tokens of an answer; 0 (and None for cached ones) where the server does not say."""
+    usage = response.usage if isinstance(response.usage, CompletionUsage) else CompletionUsage.model_construct()
+    details = usage.prompt_tokens_details
+    cached = details.cached_tokens if isinstance(details, PromptTokensDetails) else None
+    counts = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
+    counts = {name: count if isinstance(count, int) else 0 for name, count in counts.items()}
+    return {**counts, "cached_tokens": cached if isinstance(cached, int) else None}

@@ -31,10 +31,13 @@ from distiller.engine import Ask, AskError, Completion, EngineDead, TeacherEngin
 from distiller.manifest import Manifest
 from distiller.records import BadRow, InputError
 from distiller.store import LineFile, Store
+from distiller.usage import Budget, Usage
 from distiller.whole_files import WholeFiles
 
 Parsed = TypeVar("Parsed")
 BAD_ROWS_SHOWN = 3
+CAPPED = 3
+"""Exit code of a run that ended at its cap on tokens with rows left."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,10 @@ class Summary:
     output: str
     seconds: float
     max_failure_rate: float
+    usage: Usage
+    left: int = 0
+    """Rows not begun because the cap on tokens was reached."""
+    max_tokens_total: int | None = None
 
     @property
     def failure_rate(self) -> float:
@@ -121,7 +128,9 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        return int(self.failure_rate > self.max_failure_rate)
+        if self.failure_rate > self.max_failure_rate:
+            return 1
+        return CAPPED if self.left else 0
 
     def __str__(self) -> str:
         names = {
@@ -134,9 +143,15 @@ class Summary:
             lines += [f"  {kind}: {count} x {reason}" for reason, count in reasons.most_common(10)]
         if not self.counts["done"] and self.counts.total():
             lines.append(f"warning: no row is left: {self.output} is empty, the next command has nothing to read")
-        if self.exit_code:
+        if self.failure_rate > self.max_failure_rate:
             lines.append(
                 f"{self.failure_rate:.1%} of the rows failed, over --max_failure_rate; --retry_failed runs them again"
+            )
+        lines.append(str(self.usage))
+        if self.left:
+            lines.append(
+                f"stopped at --max_tokens_total {self.max_tokens_total} with {self.left} rows left; the same command "
+                "with a higher one goes on"
             )
         return "\n".join([*lines, f"finished in {_duration(self.seconds)}"])
 
@@ -152,6 +167,7 @@ def run_stage(
     max_failure_rate: float = 0.1,
     overwrite: bool = False,
     retry_failed: bool = False,
+    max_tokens_total: int | None = None,
     progress_seconds: float = 5.0,
     open_done: Callable[[Path], LineFile] = LineFile,
 ) -> Summary:
@@ -159,9 +175,10 @@ def run_stage(
 
     `rows` is iterated lazily (twice with `retry_failed`), each with a unique "id"; `total` is their number, for the
     progress line. `make_engine` is called once a row needs it: nothing is loaded when the run is refused or all is
-    done. `open_done` is `Store`'s. An InputError or ParseError that leaves `work` fails its row; any other exception
-    is a fault of the program and ends the run, as EngineDead does; what is finished stays on disk. Raises InputError
-    for a run that is refused.
+    done. `max_tokens_total` caps the tokens of this output, those of earlier runs included (see `Budget`). `open_done`
+    is `Store`'s. An InputError or ParseError that leaves `work` fails its row; any other exception is a fault of the
+    program and ends the run, as EngineDead does; what is finished stays on disk. Raises InputError for a run that is
+    refused.
     """
     started = time.monotonic()
     store = Store(output, manifest, overwrite=overwrite, open_done=open_done)
@@ -171,12 +188,16 @@ def run_stage(
             store.forget_failed(row.id if isinstance(row, BadRow) else row["id"] for row in rows)
         pending = _pending(rows, store)
         progress = Progress(total, store, progress_seconds)
-        first = next(pending, None)
-        if first is not None:
+        budget = Budget(manifest.usage, max_tokens_total)
+        row = next(pending, None)
+        if row is not None and budget.allows(0):
             engine = make_engine()
             store.record_engine(engine.facts())
-            _drive(first, pending, work, engine, store, progress)
-        return Summary(store.counts, store.reasons, str(output), time.monotonic() - started, max_failure_rate)
+            row = _drive(row, pending, work, engine, store, budget, progress)
+        left = 0 if row is None else 1 + sum(1 for _ in pending)
+        seconds = time.monotonic() - started
+        facts = (store.counts, store.reasons, str(output), seconds, max_failure_rate, manifest.usage)
+        return Summary(*facts, left, max_tokens_total)
     finally:
         if engine is not None:
             engine.close()
@@ -198,31 +219,57 @@ def _pending(rows: Iterable[dict | BadRow], store: Store) -> Iterator[dict]:
         store.write("failed", row.as_failed())
 
 
+@dataclass
+class _Flight:
+    """A row in flight."""
+
+    row: dict
+    work: RowWork
+    tokens: int = 0
+    """Used by it in this run."""
+
+
 def _drive(
-    first: dict, pending: Iterator[dict], work: Work, engine: TeacherEngine, store: Store, progress: Progress
-) -> None:
-    """Keep `engine.capacity` rows in flight until none is left. Each row has one ask at the engine at a time."""
-    flying: dict[int, tuple[dict, RowWork]] = {}
-    key, row = 0, first
-    while row is not None or flying:
-        while row is not None and len(flying) < engine.capacity:
-            flying[key] = (row, work(row))
-            _advance(key, None, flying, engine, store)
+    row: dict | None,
+    pending: Iterator[dict],
+    work: Work,
+    engine: TeacherEngine,
+    store: Store,
+    budget: Budget,
+    progress: Progress,
+) -> dict | None:
+    """Keep `engine.capacity` rows in flight, `row` and those pending, until none is left or the budget is used up;
+    returns the first row that was not begun. Each row has one ask at the engine at a time."""
+    flying: dict[int, _Flight] = {}
+    key = 0
+    while True:
+        while row is not None and len(flying) < engine.capacity and budget.allows(len(flying)):
+            flying[key] = _Flight(row, work(row))
+            _advance(key, None, flying, engine, store, budget)
             key, row = key + 1, next(pending, None)
-        if flying:
-            replies = engine.collect()
-            if not replies:
-                raise EngineDead(f"the engine lost {len(flying)} asks that were in flight")
-            for finished, reply in replies:
-                _advance(finished, reply, flying, engine, store)
+        if not flying:
+            return row
+        replies = engine.collect()
+        if not replies:
+            raise EngineDead(f"the engine lost {len(flying)} asks that were in flight")
+        for finished, reply in replies:
+            flying[finished].tokens += store.spend(reply)
+            _advance(finished, reply, flying, engine, store, budget)
         progress.tell()
 
 
-def _advance(key: int, reply: Completion | AskError | None, flying: dict, engine: TeacherEngine, store: Store) -> None:
+def _advance(
+    key: int,
+    reply: Completion | AskError | None,
+    flying: dict[int, _Flight],
+    engine: TeacherEngine,
+    store: Store,
+    budget: Budget,
+) -> None:
     """Give a row its reply (None to start it) and submit what it asks next, or write down what became of it."""
-    row, generator = flying[key]
+    row = flying[key].row
     try:
-        ask = generator.send(reply)
+        ask = flying[key].work.send(reply)
         if store.manifest.retries:
             ask = replace(ask, seed=ask_seed(ask.seed, row["id"], attempt=store.manifest.retries))
         engine.submit(key, ask)
@@ -231,7 +278,7 @@ def _advance(key: int, reply: Completion | AskError | None, flying: dict, engine
         outcome = stop.value
     except (InputError, ParseError) as fault:
         outcome = Failed(str(fault))
-    del flying[key]
+    budget.finished(flying.pop(key).tokens)
     match outcome:
         case Done(done):
             if done["id"] != row["id"]:

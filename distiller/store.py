@@ -8,7 +8,8 @@ is read from the files themselves, there is no second book that could disagree. 
 the output refuses the second.
 
 A kill loses nothing; a power cut may lose the last rows the operating system had not yet put on disk (there is no
-fsync), and those run again.
+fsync), and those run again. The tokens used are written into the manifest five times a second: a kill loses the count
+of the last moment and of the asks then in flight, nothing else does.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import json
 import os
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+from distiller.engine import AskError, Completion
 from distiller.manifest import Manifest, differences
 from distiller.records import InputError, dump_line, id_key
 
@@ -29,6 +32,8 @@ BLOCK = 1 << 16
 KINDS = ("done", "filtered", "failed")
 MOST_REASONS = 200
 """Reasons counted apart; a message that differs in every row must not fill the memory."""
+USAGE_SECONDS = 0.2
+"""Time between two writings of the tokens used."""
 
 
 def count_reason(reasons: Counter[str], reason: object) -> None:
@@ -43,12 +48,15 @@ class LineFile:
 
     def __init__(self, path: Path):
         self.path = path
+        self.created = not path.exists()
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
     def lock(self) -> None:
         """Held until this process ends or closes the file; a forked child does not inherit it. Raises InputError."""
         try:
             fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self.path.exists() or not os.path.samestat(os.fstat(self.descriptor), self.path.stat()):
+                raise BlockingIOError("the one who held it took the file away meanwhile")
         except (BlockingIOError, PermissionError) as fault:
             raise InputError(
                 f"another command is writing {self.path} at this moment; let it end, or stop it"
@@ -100,6 +108,9 @@ class LineFile:
     def clear(self) -> None:
         os.ftruncate(self.descriptor, 0)
 
+    def unlink(self) -> None:
+        self.path.unlink()
+
     def close(self) -> None:
         os.close(self.descriptor)
 
@@ -137,6 +148,7 @@ class Store:
         """
         self.manifest = manifest
         self.manifest_path = Path(f"{output}.manifest.json")
+        self.usage_saved = time.monotonic()
         paths = (Path(output), Path(f"{output}.filtered.jsonl"), Path(f"{output}.failed.jsonl"))
         paths[0].parent.mkdir(parents=True, exist_ok=True)
         self.files: dict[str, LineFile] = {}
@@ -147,14 +159,17 @@ class Store:
                     self.files[kind].lock()
             self._take_over(overwrite)
         except InputError:
-            self.close()
+            self._close_files()
             raise
 
     def _take_over(self, overwrite: bool) -> None:
         for file in self.files.values():
             file.clear() if overwrite else file.cut_torn_line()
-        if not all(file.empty for file in self.files.values()):
-            self._check(Manifest.load(self.manifest_path))
+        old = None if overwrite else Manifest.load(self.manifest_path)
+        if self.begun:
+            self._check(old)
+        if old is not None:  # tokens may have been used before any row was finished
+            self.manifest.usage.go_on_from(old.usage.as_dict())
         self.manifest.save(self.manifest_path)
         self.finished: set[int] = set()
         self.counts: Counter[str] = Counter()
@@ -214,6 +229,30 @@ class Store:
         if kind in self.reasons:
             count_reason(self.reasons[kind], row.get("reason"))
 
+    def spend(self, reply: Completion | AskError) -> int:
+        """Count the tokens of one answer; returns them."""
+        tokens = self.manifest.usage.add(reply)
+        if time.monotonic() - self.usage_saved >= USAGE_SECONDS:
+            self.save_usage()
+        return tokens
+
+    def save_usage(self) -> None:
+        self.manifest.save(self.manifest_path)
+        self.usage_saved = time.monotonic()
+
     def close(self) -> None:
+        """Write down the tokens used. Where there is not one row, leave no file either, but a manifest with its
+        tokens."""
+        try:
+            self.save_usage()
+            if not self.begun and not self.manifest.usage.asks:
+                self.manifest_path.unlink()
+        finally:
+            self._close_files()
+
+    def _close_files(self) -> None:
+        for file in self.files.values():
+            if file.created and file.empty and not self.begun:
+                file.unlink()
         for file in self.files.values():
             file.close()

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 from distiller.chat import OPEN, check_messages, split_thinking
-from distiller.engine import Ask, AskError, Completion, EngineDead, Sampling
+from distiller.engine import Ask, AskError, Completion, EngineDead, EngineNotStarted, Sampling
 from distiller.vllm_setup import check_weights, is_cpu_build, prepare_cpu, vllm_version
 
 WATCH_SECONDS = 2.0  # how often a running step looks whether the engine process is alive
@@ -34,7 +34,7 @@ class VLLMEngine:
     model: local directory or hub name. max_model_len: context in tokens, None for the model's own. dtype: "auto" is
     the model's own on GPU and float32 on CPU. chat_template_kwargs: passed to the chat template, which ignores names
     it does not know (`{"enable_thinking": False}`). max_num_seqs: sequences decoded at once, None for vLLM's own.
-    engine_arguments: more for `vllm.LLM`. Raises EngineDead where the model cannot be loaded.
+    engine_arguments: more for `vllm.LLM`. Raises EngineNotStarted where the model cannot be loaded.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class VLLMEngine:
     ) -> None:
         check_weights(model)
         if max_model_len is not None and sampling.max_tokens >= max_model_len:
-            raise EngineDead(
+            raise EngineNotStarted(
                 f"max_tokens {sampling.max_tokens} leaves no room for a prompt in max_model_len {max_model_len}: "
                 "lower --max_tokens or raise --max_model_len"
             )
@@ -85,7 +85,7 @@ class VLLMEngine:
         try:
             self.llm = self._load(arguments)
         except (RuntimeError, ValueError, OSError, ImportError) as error:
-            raise EngineDead(
+            raise EngineNotStarted(
                 f"vLLM could not load {model!r}: {error}\nWeights must be safetensors. If memory is short, lower "
                 "--max_model_len or raise --tensor_parallel_size; on CPU VLLM_CPU_KVCACHE_SPACE is the cache in GiB"
             ) from error
@@ -117,7 +117,7 @@ class VLLMEngine:
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
             tokenizer.get_chat_template()
         except (ValueError, OSError) as error:
-            raise EngineDead(f"teacher model {model!r}: no tokenizer with a chat template: {error}") from error
+            raise EngineNotStarted(f"teacher model {model!r}: no tokenizer with a chat template: {error}") from error
         return tokenizer
 
     @staticmethod
@@ -147,7 +147,8 @@ class VLLMEngine:
         try:
             check_messages(ask.messages)
             prompt, opened = self._render(ask.messages)
-            self._check_length(len(prompt))
+            sampling = ask.sampling or self.sampling
+            self._check_length(len(prompt), sampling.max_tokens)
         except AskError as refusal:
             self._refused.append((key, refusal))
             return
@@ -155,10 +156,10 @@ class VLLMEngine:
         from vllm.sampling_params import RequestOutputKind
 
         parameters = SamplingParams(
-            temperature=self.sampling.temperature,
-            top_p=self.sampling.top_p,
-            top_k=max(self.sampling.top_k, 0),
-            max_tokens=self.sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=max(sampling.top_k, 0),
+            max_tokens=sampling.max_tokens,
             seed=ask.seed,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -177,11 +178,11 @@ class VLLMEngine:
             raise EngineDead(f"vLLM took no more requests: {error}") from error
         self._keys[request] = (key, note)
 
-    def _check_length(self, prompt_tokens: int) -> None:
-        needed = prompt_tokens + self.sampling.max_tokens
+    def _check_length(self, prompt_tokens: int, max_tokens: int) -> None:
+        needed = prompt_tokens + max_tokens
         if needed > self.max_model_len:
             raise AskError(
-                f"the prompt has {prompt_tokens} tokens and max_tokens is {self.sampling.max_tokens}, {needed} "
+                f"the prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, {needed} "
                 f"together, over max_model_len {self.max_model_len}. Raise --max_model_len or lower --max_tokens"
             )
 
@@ -190,8 +191,15 @@ class VLLMEngine:
 
         Raises EngineDead.
         """
-        finished, self._refused = self._refused, []
+        finished = self.poll()
         while not finished and self._keys:
+            finished = self.poll()
+        return finished
+
+    def poll(self) -> list[tuple[int, Completion | AskError]]:
+        """One step at most, and what has finished; for who has asks to submit between steps. Raises EngineDead."""
+        finished, self._refused = self._refused, []
+        if not finished and self._keys:
             for output in self._step():
                 if output.finished:
                     key, note = self._keys.pop(output.request_id)
@@ -229,7 +237,8 @@ def _completion(output, opened: bool) -> Completion | AskError:
     """vLLM's RequestOutput as ours."""
     (reply,) = output.outputs
     if reply.finish_reason not in ("stop", "length"):
-        return AskError(f"vLLM ended the reply with {reply.finish_reason!r}")
+        tokens = (len(output.prompt_token_ids), len(reply.token_ids), output.num_cached_tokens)
+        return AskError(f"vLLM ended the reply with {reply.finish_reason!r}", *tokens)
     text, reasoning = split_thinking(reply.text, opened)
     return Completion(
         text=text,
@@ -238,6 +247,7 @@ def _completion(output, opened: bool) -> Completion | AskError:
         prompt_tokens=len(output.prompt_token_ids),
         completion_tokens=len(reply.token_ids),
         logprobs=None,
+        cached_tokens=output.num_cached_tokens,
     )
 
 

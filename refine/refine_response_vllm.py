@@ -10,7 +10,9 @@ Reads preference pairs (`prompt`, `chosen`, `rejected`; a `teacher_response` whe
 Every row ends in one of three files: <output>; <output>.filtered.jsonl when the edit teaches nothing (it equals the
 rejected response or y_T, kept too little of the text, has tags of the reply left in it, or max_tokens cut it);
 <output>.failed.jsonl when no reply could be used. The same command goes on after an interruption. The next stage is
-`python score/cali_score_vllm.py`.
+`python score/cali_score_vllm.py`; --then_score does it in the same engine, row by row, and writes its rows: same
+result, the model loaded once and the long prompt found in the prefix cache. Its prompts and options are those of
+--score_config.
 
     # the embedded world with its tiny teacher, on any CPU
     python refine/refine_response_vllm.py
@@ -18,14 +20,20 @@ rejected response or y_T, kept too little of the text, has tags of the reply lef
     # the paper's setting on one GPU: Qwen3-14B and data/pairs.jsonl
     python refine/refine_response_vllm.py --config refine/configs/paper.yaml
 
+    # both stages at once, on four engines of one GPU each
+    python refine/refine_response_vllm.py --config refine/configs/paper.yaml --output data/paper/scored.jsonl \\
+        --then_score --num_engines 4
+
     # a server instead (key from OPENAI_API_KEY)
     python refine/refine_response_vllm.py --config refine/configs/paper.yaml --base_url http://localhost:8000/v1
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +41,7 @@ from distiller.cli import StageArguments, flag, parse_stage_args, run
 from distiller.records import InputError, prompt_messages, response_text
 from distiller.runner import Done, Failed, Filtered, RowWork, Work, ask_until
 from distiller.templates import load_prompt
+from refine import then_score
 from refine.conversation import (
     REFINE_PROMPT,
     REFINE_VARIABLES,
@@ -43,6 +52,7 @@ from refine.conversation import (
     useless_because,
 )
 
+SCORE_CONFIG = os.path.relpath(Path(__file__).parents[1] / "score/configs/paper.yaml")
 ANSWER, REFINE = 0, 1
 """Numbers of a row's asks."""
 
@@ -55,11 +65,25 @@ class RefineArguments(StageArguments):
         REFINE_PROMPT, "Jinja2 file with the refinement prompt; knows prompt, rejected, teacher_response"
     )
     min_edit_similarity: float = flag(0.2, "filter edits that kept a smaller share of the words; 0 keeps all")
+    then_score: bool = flag(False, "score each row right after its refinement; --output gets the rows of stage 2")
+    score_config: str = flag(SCORE_CONFIG, "--then_score: YAML file of stage 2, for its prompts and scoring options")
+
+    scoring: StageArguments | None = field(default=None, init=False)
+    """Stage 2's arguments, with --then_score."""
+
+    # The path of the configuration means nothing, what it says is in `identity`.
+    NOT_IDENTITY = StageArguments.NOT_IDENTITY | {"then_score", "score_config", "scoring"}
 
     def validate(self) -> None:
         super().validate()
         if not 0 <= self.min_edit_similarity <= 1:
             raise InputError(f"--min_edit_similarity {self.min_edit_similarity} is out of range (from 0 to 1)")
+        if self.then_score:
+            self.scoring = then_score.scoring_arguments(self, self.score_config)
+
+    def identity(self, stage: str, hashes: Mapping[str, str]) -> dict:
+        identity = super().identity(stage, hashes)
+        return identity | {"then_score": then_score.identity(self.scoring, hashes)} if self.scoring else identity
 
 
 def make_work(args: RefineArguments) -> Work:
@@ -93,17 +117,18 @@ def make_work(args: RefineArguments) -> Work:
         reason = useless_because(rejected, refined, answer, similarity, args.min_edit_similarity)
         return Filtered(row, reason) if reason else Done(row)
 
-    return work
+    return then_score.then_score(work, args.scoring) if args.scoring else work
 
 
 def preview(args: RefineArguments, row: dict) -> list[list[dict]]:
     """All conversations of a row, for --dry_run; the rejected response stands in for a teacher_response not known
     yet."""
     template = load_prompt(args.prompt_file, REFINE_VARIABLES)
-    if row.get("teacher_response") is not None:
-        return [refine_messages(template, row, response_text(row["teacher_response"]))]
-    stand_in = response_text(row["rejected"])
-    return [prompt_messages(row["prompt"]), refine_messages(template, row, stand_in)]
+    known = row.get("teacher_response") is not None
+    answer = response_text(row["teacher_response" if known else "rejected"])
+    refinement = [refine_messages(template, row, answer)]
+    asked_first = [] if known else [prompt_messages(row["prompt"])]
+    return asked_first + refinement + (then_score.preview(args.scoring, row, answer) if args.scoring else [])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         make_work,
         stage="refine",
         required={"prompt": "", "chosen": "", "rejected": ""},
-        optional=("teacher_response",),
+        optional=("teacher_response", *(("chosen_score", "rejected_score") if args.then_score else ())),
         preview=partial(preview, args),
     )
 

@@ -14,8 +14,12 @@ from distiller.openai_engine import OpenAIEngine
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=-1, max_tokens=16)
 
 
+CUT = 0
+"""Stands for a status: the connection breaks in the middle of the answer."""
+
+
 def reply(content="yes", finish_reason="stop", **message) -> tuple[int, dict]:
-    """HTTP status and body of a chat completion."""
+    """HTTP status and body of a chat completion of 5 + 2 tokens."""
     choice = {
         "index": 0,
         "finish_reason": finish_reason,
@@ -71,12 +75,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, status: int, body: dict | str) -> None:
         data = (body if isinstance(body, str) else json.dumps(body)).encode()
-        self.send_response(status)
+        self.send_response(status or 200)
         self.send_header("Content-Type", "text/html" if isinstance(body, str) else "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.send_header("retry-after-ms", "1")
         self.end_headers()
-        self.wfile.write(data)
+        self.wfile.write(data if status else data[: len(data) // 2])
+        self.close_connection = status == CUT
 
     def log_message(self, *args) -> None:
         pass
@@ -162,33 +167,110 @@ def test_one_refused_ask_harms_only_itself(server):
     assert isinstance(empty, AskError) and "content" in str(empty)
 
 
-def test_a_passing_error_is_retried_and_a_lasting_one_fails_its_ask_alone(server):
-    passing = iter([refusal(429), refusal(503)])
+PASSING = [refusal(408), refusal(429), refusal(500), refusal(502), refusal(503), (CUT, reply()[1])]
 
-    def script(body: dict):
-        if body["messages"][0]["content"] == "cursed":
-            return refusal(500, "out of luck")
-        return next(passing, reply())
 
-    server.script = script
+def told(body: dict) -> str:
+    return body["messages"][0]["content"]
+
+
+@pytest.mark.parametrize("fault", PASSING, ids=lambda fault: fault[0])
+def test_a_passing_fault_is_retried_and_a_lasting_one_fails_its_ask_alone(server, fault):
+    passing = iter([fault, fault])
+    server.script = lambda body: next(passing, reply())
     (good,) = answers(server, [ask()], max_retries=2)
-    assert good.text == "yes" and len(server.bodies) == 3
-    (bad,) = answers(server, [ask("cursed")], max_retries=2)
-    assert isinstance(bad, AskError) and "500" in str(bad) and "out of luck" in str(bad) and len(server.bodies) == 6
+    assert good == Completion("yes", None, "stop", 5, 2, None) and len(server.bodies) == 3
+    server.script = lambda body: fault if told(body) == "cursed" else reply()
+    bad, good = answers(server, [ask("cursed"), ask()], max_retries=1)
+    assert isinstance(bad, AskError) and good.text == "yes"
+    assert str(fault[0] or "1 retries") in str(bad)
+    assert len([body for body in server.bodies if told(body) == "cursed"]) == 3 * 2  # asked three times, each retried
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (refusal(429, "quota"), "takes no more requests after 1 retries .*quota.* --max_concurrency"),
+        (refusal(500), "fails every request after 1 retries .*500"),
+        (refusal(503, "overloaded"), "fails every request after 1 retries .*503.*overloaded"),
+        ((CUT, reply()[1]), "cannot be reached after 1 retries"),
+        (refusal(400, "no top_k here"), "refuses every request .*400.*no top_k here.*--top_k"),
+        (refusal(422), "refuses every request .*422"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_fault_that_every_ask_meets_ends_the_command_and_fails_no_row(server, fault, words):
+    server.script = lambda body: fault
+    with pytest.raises(EngineDead, match=words):
+        answers(server, [ask(str(number)) for number in range(5)])
+
+
+def test_a_server_that_answers_nothing_in_time_ends_the_command(server):
+    server.script = lambda body: (time.sleep(1.5), reply())[1]
+    with pytest.raises(EngineDead, match="answers nothing within --timeout 0.2 seconds, after 0 retries"):
+        answers(server, [ask()], timeout=0.2, max_retries=0)
+
+
+def test_a_server_that_fails_after_it_has_answered_ends_the_command(server):
+    server.script = lambda body: refusal(503) if told(body) != "first" else reply()
+    engine = OpenAIEngine("m", GREEDY, server.url, max_retries=0)
+    engine.submit(0, ask("first"))
+    assert engine.collect()[0][1].text == "yes"
+    engine.submit(1, ask("second"))
+    with pytest.raises(EngineDead, match="503"):
+        engine.collect()
+    engine.close()
+
+
+def test_an_answer_that_holds_none_is_asked_for_again_and_all_are_counted(server):
+    empty = reply()[0], reply()[1] | {"choices": []}
+    replies = iter([empty, (200, "<html>"), reply()])
+    server.script = lambda body: next(replies)
+    assert answers(server, [ask()]) == [Completion("yes", None, "stop", 10, 4, None)]
+    server.script = lambda body: empty
+    (never,) = answers(server, [ask()])
+    assert isinstance(never, AskError) and (never.prompt_tokens, never.completion_tokens) == (15, 6)
+    assert len(server.bodies) == 6
+
+
+def test_cached_tokens_are_counted_where_the_server_says_so(server):
+    said = reply()[1]
+    said["usage"]["prompt_tokens_details"] = {"cached_tokens": 4}
+    server.script = lambda body: (200, said)
+    (got,) = answers(server, [ask()])
+    assert (got.prompt_tokens, got.cached_tokens) == (5, 4)
+    said["usage"] = {"prompt_tokens": None, "completion_tokens": "2"}
+    (got,) = answers(server, [ask()])
+    assert (got.text, got.prompt_tokens, got.completion_tokens, got.cached_tokens) == ("yes", 0, 0, None)
+
+
+def test_an_ask_may_have_a_sampling_of_its_own(server):
+    own = Sampling(temperature=0.5, top_p=0.9, top_k=7, max_tokens=3)
+    answers(server, [ask(), Ask([{"role": "user", "content": "own"}], 1, own)], max_concurrency=1)
+    assert {key: server.bodies[0].get(key) for key in ("temperature", "max_tokens", "top_k")} == {
+        "temperature": 0.0,
+        "max_tokens": 16,
+        "top_k": None,
+    }
+    sent = {key: server.bodies[1][key] for key in ("temperature", "top_p", "top_k", "max_tokens")}
+    assert sent == {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "max_tokens": 3}
 
 
 def test_a_server_that_is_slow_with_one_ask_fails_that_ask_alone(server):
     def script(body: dict):
-        time.sleep(1.0 if body["messages"][0]["content"] == "slow" else 0.0)
+        time.sleep(6.0 if told(body) == "slow" else 0.0)
         return reply()
 
     server.script = script
-    slow, good = answers(server, [ask("slow"), ask()], timeout=0.3, max_retries=0)
+    slow, good = answers(server, [ask("slow"), ask()], timeout=2.0, max_retries=0)
     assert isinstance(slow, AskError) and "timed out" in str(slow)
     assert good.text == "yes"
 
 
-@pytest.mark.parametrize(("status", "hint"), [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "served")])
+@pytest.mark.parametrize(
+    ("status", "hint"),
+    [(401, "OPENAI_API_KEY"), (402, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "--model m; it serves served")],
+)
 def test_an_error_that_every_ask_would_meet_ends_the_command_and_says_what_to_check(server, status, hint):
     server.script = lambda body: refusal(status)
     with pytest.raises(EngineDead, match=hint):

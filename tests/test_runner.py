@@ -387,6 +387,8 @@ def main(command, output, *arguments):
     elif command == "stage":
         print("started", flush=True)
         stage(output, make_rows(int(arguments[0])))
+    elif command == "slow stage":
+        stage(output, make_rows(int(arguments[0])), ScriptedEngine(lambda ask: time.sleep(0.02) or f":{ask.seed}"))
     elif command == "memory":
         rows = read_rows(arguments[0], required={"prompt": ""})
         for options in ({}, {}, {"retry_failed": True}):

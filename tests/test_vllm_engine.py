@@ -4,13 +4,12 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from processes import vllm_server
 
 from distiller.engine import Ask, AskError, Completion, EngineDead, Sampling
 from distiller.vllm_setup import CPU_ENVIRONMENT, check_weights, is_cpu_build, prepare_cpu
@@ -47,7 +46,7 @@ def with_template(teacher: Path, directory: Path, template: str | None) -> str:
 def run_driver(jobs: list[dict], directory: Path) -> list[dict]:
     job, result = directory / "job.json", directory / "result.json"
     job.write_text(json.dumps(jobs))
-    subprocess.run([sys.executable, str(DRIVER), str(job), str(result)], check=True, timeout=500)
+    subprocess.run([sys.executable, str(DRIVER), str(job), str(result)], check=True, timeout=1200)
     return json.loads(result.read_text())
 
 
@@ -225,24 +224,10 @@ def test_a_real_vllm_server_answers_as_the_engine_in_process(runs, tiny_teacher,
     from distiller.openai_engine import OpenAIEngine
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_teacher)]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    command += ["--max-model-len", str(MAX_MODEL_LEN), "--dtype", "float32", "--enforce-eager"]
-    command += ["--no-enable-chunked-prefill"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 400
-        while socket.socket().connect_ex(("127.0.0.1", port)):
-            assert process.poll() is None and time.monotonic() < deadline, "the server did not start"
-            time.sleep(0.5)
-        url = f"http://127.0.0.1:{port}/v1"
-        off = {"enable_thinking": False}
+    off = {"enable_thinking": False}
+    asks = [Ask(messages, seed) for messages, seed in [*ASKS[:6], BAD[0]]]
+    with vllm_server(tiny_teacher, "--max-model-len", str(MAX_MODEL_LEN)) as (url, process):
         engine = OpenAIEngine(str(tiny_teacher), Sampling(**GREEDY), url, chat_template_kwargs=off)
-        asks = [Ask(messages, seed) for messages, seed in [*ASKS[:6], BAD[0]]]
         for key, ask in enumerate(asks):
             engine.submit(key, ask)
         got: dict[int, Completion | AskError] = {}
@@ -262,10 +247,6 @@ def test_a_real_vllm_server_answers_as_the_engine_in_process(runs, tiny_teacher,
             engine.collect()
         engine.close()
         wrong.close()
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 @pytest.mark.skipif(not is_cpu_build(), reason="settings of the CPU build")

@@ -3,8 +3,10 @@
 vLLM changes environment, threads and torch's global state for good, so no test imports it into pytest's own process.
 
 job: list of {"arguments": {model, ...}, "sampling": {...}, "rounds": [[[messages, seed], ...], ...]}, one engine after
-the other. result: for each engine {"dead": reason}, or {"facts", "capacity", "rounds": [[completion as dict |
-{"error": reason}, ...], ...]} with the answers in the order of the asks.
+the other; `num_engines` among the arguments makes it a pool on Ray, and an ask may have a sampling of its own as third
+element. result: for each engine {"dead": reason, "started": bool}, or {"facts", "capacity", "rounds": [[completion as
+dict | {"error": reason}, ...], ...], "orders": [[index, ...], ...]} with the answers in the order of the asks, and the
+order in which they came.
 """
 
 import json
@@ -12,35 +14,45 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from distiller.engine import Ask, AskError, Completion, EngineDead, Sampling
-from distiller.vllm_engine import VLLMEngine
+from distiller.engine import Ask, AskError, Completion, EngineDead, EngineNotStarted, Sampling, TeacherEngine
+
+
+def make_engine(arguments: dict, sampling: Sampling) -> TeacherEngine:
+    if "num_engines" in arguments:
+        from distiller.ray_engine import RayEngine
+
+        return RayEngine(sampling=sampling, **arguments)
+    from distiller.vllm_engine import VLLMEngine
+
+    return VLLMEngine(sampling=sampling, **arguments)
 
 
 def as_json(answer: Completion | AskError) -> dict:
     return {"error": str(answer)} if isinstance(answer, AskError) else asdict(answer)
 
 
-def run_round(engine: VLLMEngine, asks: list) -> list[dict]:
-    for key, (messages, seed) in enumerate(asks):
-        engine.submit(key, Ask(messages, seed))
+def run_round(engine: TeacherEngine, asks: list) -> tuple[list[dict], list[int]]:
+    for key, (messages, seed, *sampling) in enumerate(asks):
+        engine.submit(key, Ask(messages, seed, *(Sampling(**own) for own in sampling)))
     answers: dict[int, Completion | AskError] = {}
     while len(answers) < len(asks):
         fresh = engine.collect()
         assert fresh and not answers.keys() & dict(fresh).keys()
         answers.update(fresh)
     assert engine.collect() == []
-    return [as_json(answers[key]) for key in range(len(asks))]
+    return [as_json(answers[key]) for key in range(len(asks))], list(answers)
 
 
 def run_engine(job: dict) -> dict:
     try:
-        engine = VLLMEngine(sampling=Sampling(**job["sampling"]), **job["arguments"])
+        engine = make_engine(job["arguments"], Sampling(**job["sampling"]))
     except EngineDead as error:
-        return {"dead": str(error)}
+        return {"dead": str(error), "started": not isinstance(error, EngineNotStarted)}
     rounds = [run_round(engine, asks) for asks in job["rounds"]]
     engine.close()
     engine.close()
-    return {"facts": engine.facts(), "capacity": engine.capacity, "rounds": rounds}
+    answers, orders = zip(*rounds, strict=True) if rounds else ((), ())
+    return {"facts": engine.facts(), "capacity": engine.capacity, "rounds": answers, "orders": orders}
 
 
 if __name__ == "__main__":
