@@ -126,7 +126,7 @@ def test_a_wrong_configuration_of_stage_2_is_refused_before_anything_is_written(
     Path("score.yaml").write_text("min_margn: 1\n")
     with pytest.raises(SystemExit):
         both()
-    assert "score.yaml: unknown key `min_margn`, did you mean `min_margin`?" in capsys.readouterr().err
+    assert "score.yaml, line 1: unknown key `min_margn`, did you mean `min_margin`?" in capsys.readouterr().err
     Path("score.yaml").write_text(yaml.safe_dump(yaml.safe_load(config) | {"prompt_file": "none.txt"}))
     assert both() == 1
     assert "none.txt" in capsys.readouterr().err and not Path("both.jsonl").exists()
