@@ -191,7 +191,11 @@ BAD_PAIRS = [
         "field `prompt` has a message without a role",
     ),
     (
-        {"id": "answered", **PAIR, "prompt": [{"role": "assistant", "content": "p"}]},
+        {
+            "id": "answered",
+            **PAIR,
+            "prompt": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "p"}],
+        },
         "answered",
         "field `prompt` ends with an assistant message",
     ),
