@@ -18,6 +18,7 @@ import math
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
 from concurrent.futures import Future
@@ -32,6 +33,7 @@ from distiller.vllm_setup import check_weights, is_cpu_build
 ASKS_AN_ACTOR = 100_000  # more than any engine wants at once: Ray's own limit must hold nothing back
 OBJECT_STORE_BYTES = 100 << 20  # asks and answers are a few kB each; Ray would take 30 % of the memory
 TELL_SECONDS = 60.0
+KNOCK_SECONDS = 10.0
 KEYS_REMEMBERED = 100_000  # more rows than are ever in flight; a row forgotten loses its cached prompt, no more
 
 
@@ -224,12 +226,22 @@ def _start_ray(num_engines: int) -> None:
         "object_store_memory": OBJECT_STORE_BYTES,
     }
     handler = signal.getsignal(signal.SIGTERM)
+    cluster = os.environ.get("RAY_ADDRESS")
     try:
         with _NotStarted():
-            ray.init(**({} if os.environ.get("RAY_ADDRESS") else here), logging_level="error")
+            if cluster:
+                _knock(cluster)
+            ray.init(**({} if cluster else here), logging_level="error")
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray puts its own there, which ends the process with exit code 1
+
+
+def _knock(cluster: str) -> None:
+    """Raise OSError where nothing listens at host:port: Ray itself would go on trying for many minutes."""
+    host, _, port = cluster.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():  # "auto" and "local" are addresses too
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
 
 
 class _NotStarted:
@@ -240,7 +252,7 @@ class _NotStarted:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if kind is Exception or isinstance(error, RayError | ConnectionError | RuntimeError | ValueError):
+        if kind is Exception or isinstance(error, RayError | OSError | RuntimeError | ValueError):
             where = os.environ.get("RAY_ADDRESS")
             what = f"at RAY_ADDRESS={where} cannot be reached" if where else "could not be started on this machine"
             raise EngineNotStarted(f"Ray {what}: {error}") from error

@@ -78,10 +78,12 @@ def test_what_cannot_start_in_a_cluster_is_refused_with_its_reason_and_not_waite
     world.write_jsonl(pairs, world.original_pairs(3, seed=62))
     ray = str(Path(sys.executable).parent / "ray")
     environment = ENVIRONMENT | {"RAY_ADDRESS": "127.0.0.1:6391", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}  # Ray asks for one
 
-    def refusal(*flags: str) -> str:
+    def refusal(*flags: str, **other: str) -> str:
+        own = environment | other
         done = subprocess.run(
-            command(pairs, output, *flags), cwd=ROOT, env=environment, capture_output=True, text=True
+            command(pairs, output, *flags), cwd=ROOT, env=own, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
         assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
@@ -94,6 +96,7 @@ def test_what_cannot_start_in_a_cluster_is_refused_with_its_reason_and_not_waite
     try:
         wait_for_cluster(environment)
         assert "room for 1" in refusal("--num_engines", "2")
+        assert "InvalidAuthToken" in refusal("--num_engines", "1", RAY_AUTH_TOKEN="f" * 64)
         assert f"{start}max_tokens 160 leaves no room" in refusal("--num_engines", "1", "--max_model_len", "100")
     finally:
         cluster.terminate()
@@ -102,5 +105,7 @@ def test_what_cannot_start_in_a_cluster_is_refused_with_its_reason_and_not_waite
 
 def wait_for_cluster(environment: dict[str, str]) -> None:
     status = [str(Path(sys.executable).parent / "ray"), "status"]
-    while subprocess.run(status, env=environment, capture_output=True).returncode:
+    deadline = time.monotonic() + 180
+    while subprocess.run(status, env=environment, capture_output=True, timeout=60).returncode:
+        assert time.monotonic() < deadline, "the cluster did not start"
         time.sleep(0.5)
