@@ -32,7 +32,7 @@ class WholeFiles:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         done = LineFile(self._part("done"))
         try:
-            _lock(done)
+            done.lock()
         except InputError:
             done.close()
             raise
@@ -81,9 +81,3 @@ class WholeFiles:
             if not self.published:
                 part.path.unlink(missing_ok=True)
             part.close()
-
-
-def _lock(part: LineFile) -> None:
-    part.lock()
-    if not (part.path.exists() and os.path.samestat(os.fstat(part.descriptor), part.path.stat())):
-        raise InputError(f"another command has just put {part.path} in its place; run this one again")
