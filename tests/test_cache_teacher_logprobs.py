@@ -325,7 +325,7 @@ def test_more_candidates_than_tokens_are_refused(tmp_path, capsys):
     assert "knows 896 tokens only" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--temperature=1", "--base_url=http://localhost", "--seed=1", "--max_tokens=5"])
+@pytest.mark.parametrize("flag", ["--temperature=1", "--base_url=http://localhost", "--seed=1", "--num_engines=2"])
 def test_flags_that_would_do_nothing_are_not_taken(flag, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(flags(tmp_path / "in.jsonl", tmp_path / "out", flag))
