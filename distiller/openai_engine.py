@@ -31,6 +31,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from importlib import metadata
 
+import httpx
 import openai
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionMessage
@@ -46,6 +47,7 @@ LIST_SECONDS = 10.0  # how long a server gets to list its models
 TRIES = 3
 RETRIED = (408, 409, 429)  # by the client, as 5xx
 TINY = [{"role": "user", "content": "Say yes."}]
+TINY_RETRIES = 4  # a server that fails one request in five must not be taken for one that fails them all
 
 
 class _Passing(AskError):
@@ -178,20 +180,21 @@ class OpenAIEngine:
             reason = f"HTTP {error.status_code} from the server: {error.message}"
             if refused and self._answered and error.status_code not in (401, 402, 403, 404):
                 return AskError(reason)
-            if error.status_code in (401, 402, 404) or await self._fate_of_a_tiny_ask() is refused:
+            if error.status_code in (401, 402, 404) or await self._fate_of_a_tiny_ask(error) is refused:
                 raise EngineDead(await self._end_for(error)) from error
             return AskError(reason) if refused else _Passing(reason)
-        if await self._fate_of_a_tiny_ask() is refused:
+        if await self._fate_of_a_tiny_ask(error) is refused:
             raise EngineDead(await self._end_for(error)) from error
         reason = f"no answer after {self._client.max_retries} retries: {error.message}"
         return AskError(reason) if isinstance(error, openai.APITimeoutError) else _Passing(reason)
 
-    async def _fate_of_a_tiny_ask(self) -> bool | None:
-        """None: it is answered. True: the server refuses it. False: the server fails."""
+    async def _fate_of_a_tiny_ask(self, error: openai.APIError) -> bool | None:
+        """None: it is answered. True: the server refuses it. False: the server fails. `error` befell another ask."""
         # The full length as long as nothing was answered: it may be what the server refuses.
         sampling = replace(self.sampling, max_tokens=1) if self._answered else self.sampling
+        unreachable = isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout)
         try:
-            await self._request(Ask(TINY, 0, sampling), max_retries=1)
+            await self._request(Ask(TINY, 0, sampling), max_retries=1 if unreachable else TINY_RETRIES)
         except (openai.APIStatusError, openai.APIConnectionError) as error:
             return _refused(error)
         except (openai.APIError, json.JSONDecodeError):
