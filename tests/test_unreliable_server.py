@@ -32,7 +32,8 @@ def rows_of(path) -> dict[str, dict]:
 
 def test_faults_of_one_request_in_five_cost_no_row_but_those_that_always_fail(tmp_path):
     rows = [
-        {"id": f"p{n}", "prompt": pair["prompt"]} for n, pair in enumerate(world.original_pairs(ROWS - len(KINDS)))
+        {"id": f"p{n}", "prompt": pair["prompt"]}
+        for n, pair in enumerate(world.original_pairs(ROWS - len(KINDS), seed=63))
     ]
     cursed = {f"cursed {kind}": {"id": f"cursed {kind}", "prompt": f"always {kind}"} for kind in KINDS}
     rows[500:500] = cursed.values()
@@ -52,7 +53,8 @@ def test_faults_of_one_request_in_five_cost_no_row_but_those_that_always_fail(tm
         reason = REASONS.get(identifier.removeprefix("cursed "), "|".join(REASONS.values()))
         assert re.search(reason, row["reason"]), row
     assert INJECTED not in (tmp_path / "o/faulty.jsonl").read_text()
-    assert len(clean) == ROWS and all(clean[identifier] == row for identifier, row in faulty.items())
+    assert clean.keys() >= {row["id"] for row in rows} - cursed.keys()  # a cursed prompt makes no sense to the teacher
+    assert all(clean[identifier] == row for identifier, row in faulty.items())
 
     said = json.loads(done.stdout.splitlines()[-1])
     faults, ratios = said["faults"], said["ratios"]
