@@ -44,12 +44,16 @@ def build_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
 
 
 def build_model(
-    tokenizer: PreTrainedTokenizerFast, positions: int = 512, pad_token_id: int | None = 0, seed: int = 0
+    tokenizer: PreTrainedTokenizerFast,
+    positions: int = 512,
+    pad_token_id: int | None = 0,
+    seed: int = 0,
+    hidden_size: int = 32,
 ) -> Qwen2ForSequenceClassification:
-    """Qwen2 of hidden 32 and two layers; weights large enough for rewards to differ between texts."""
+    """Qwen2 of two layers; weights large enough for rewards to differ between texts."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,

@@ -40,7 +40,7 @@ def test_the_command_prints_the_table_from_scores_and_loads_no_model(judgebench,
     path = write_lines(tmp_path / "scores.jsonl", [*score_lines(scores), *score_lines(scores, benchmark="other")])
     command = [sys.executable, "-X", "importtime", "-m", "RewardTrainer.eval.rescore", "--benchmark", "judgebench-gpt"]
     command += ["--scores", str(path), "--data_dir", str(judgebench)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert [line.split() for line in done.stdout.splitlines()] == [
         ["judgebench-gpt:", "3", "of", "3", "rows"],
         ["Overall"],

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from distiller.records import InputError
-from RewardTrainer.eval.scoring import Scorer, choose_pad_id, load_scorer, plan_batches
+from RewardTrainer.eval.engines.hf import Scorer, choose_pad_id, load_scorer, plan_batches
 
 WORDS = ["tin", "red", "boat", "the", "metal", "# Notes", "\n", "名前", "\x00", "é"]
 
@@ -41,8 +41,9 @@ def conversations(count: int = 24) -> list[list[dict]]:
 
 
 def rewards(scorer: Scorer, chats: list[list[dict]]) -> list[float]:
-    encoded = scorer.encode([scorer.render(chat) for chat in chats], [chat[-1]["content"] for chat in chats])
-    return scorer.score([row.ids for row in encoded])
+    """Each conversation a row of its own."""
+    given = {row: reward for row, _, reward in scorer.score(scorer.encode([[chat] for chat in chats]))}
+    return [given[row] for row in range(len(chats))]
 
 
 @torch.no_grad()
@@ -109,10 +110,10 @@ def test_exactly_one_bos_where_both_template_and_tokenizer_write_one():
     assert tokenizer("tin")["input_ids"][0] == tokenizer.bos_token_id  # left to itself the tokenizer would add another
     scorer = Scorer(build_model(tokenizer), tokenizer)
     (chat,) = conversations(1)
-    (row,) = scorer.encode([scorer.render(chat)], [chat[-1]["content"]])
+    ((row,),) = scorer.encode([[chat]])
     assert row.ids.count(tokenizer.bos_token_id) == 1
     assert row.ids[0] == tokenizer.bos_token_id
-    assert row.ids == tokenizer.apply_chat_template(chat)["input_ids"]
+    assert list(row.ids) == tokenizer.apply_chat_template(chat)["input_ids"]
 
 
 @pytest.mark.parametrize("template", [CHATML, CHATML_WITH_BOS])
@@ -124,21 +125,21 @@ def test_truncation_takes_the_left_end_is_counted_and_spares_bos_and_the_end_of_
         for prompt, response in [("q", "tin"), ("q" * 60, "tin"), ("q", "z" * 60 + "tin")]
     ]
     whole = [tokenizer.apply_chat_template(chat)["input_ids"] for chat in chats]
-    encoded = scorer.encode([scorer.render(chat) for chat in chats], [chat[-1]["content"] for chat in chats])
+    encoded = [row for (row,) in scorer.encode([[chat] for chat in chats])]
     assert [(row.truncated, row.response_cut) for row in encoded] == [(False, False), (True, False), (True, True)]
-    assert encoded[0].ids == whole[0]
+    assert list(encoded[0].ids) == whole[0]
     bos = [tokenizer.bos_token_id] if template == CHATML_WITH_BOS else []
     for row, ids in zip(encoded[1:], whole[1:], strict=True):
-        assert row.ids == bos + ids[len(bos) - 40 :]
+        assert list(row.ids) == bos + ids[len(bos) - 40 :]
 
 
 def test_a_response_of_50000_characters_is_scored_within_the_limit_of_the_model(model_dir):
     scorer = load_scorer(str(model_dir))
     assert scorer.max_length == 512
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "tin \x00" * 10_000}]
-    (row,) = scorer.encode([scorer.render(chat)], [chat[-1]["content"]])
+    ((row,),) = scorer.encode([[chat]])
     assert (len(row.ids), row.truncated, row.response_cut) == (512, True, True)
-    assert len(scorer.score([row.ids])) == 1
+    assert len(list(scorer.score([[row]]))) == 1
 
 
 def test_batches_hold_similar_lengths_within_the_token_budget():

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,9 @@ from eval_fixtures import build_model, build_tokenizer, pair, save_reward_model,
 from distiller.arguments import parse_stage_args
 from distiller.records import InputError
 from RewardTrainer.eval.benchmarks import example, preference
-from RewardTrainer.eval.evaluation import Evaluation, accuracy_table, evaluate
-from RewardTrainer.eval.report import build_report
+from RewardTrainer.eval.engines.hf import Scorer
+from RewardTrainer.eval.evaluation import evaluate
 from RewardTrainer.eval.run_eval_rm import DEFAULT_CONFIG, EvalArguments, default_output_dir, run
-from RewardTrainer.eval.scoring import Scorer
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = "<script>alert('pwned')</script><img src=x onerror=alert(1)>"
@@ -26,7 +24,7 @@ def eval_rm(*flags: object) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"}
     command = ["bash", ROOT / "RewardTrainer" / "scripts" / "eval_rm.sh", *flags]
     return subprocess.run(
-        [str(part) for part in command], cwd="/", env=environment, capture_output=True, text=True, timeout=300
+        [str(part) for part in command], cwd="/", env=environment, capture_output=True, text=True, timeout=600
     )
 
 
@@ -48,13 +46,20 @@ def test_the_script_scores_benchmark_and_preference_file_and_writes_what_it_prom
     flags = ["--benchmarks", f"example,{pairs}", "--data_dir", house / "benchmarks", "--max_length", 256]
     done = eval_rm("--model", model, "--output_dir", output, *flags)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in output.iterdir()) == ["report.html", "results.json", "scores.jsonl"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "report.html",
+        "results.json",
+        "results.md",
+        "scores.jsonl",
+    ]
 
     results = json.loads((output / "results.json").read_text())
     assert results["model"] == model
-    assert set(results) == {"model", "benchmarks", "counts"}
+    assert set(results) == {"model", "benchmarks", "counts", "settings"}
+    assert results["settings"]["max_length"] == 256 and results["settings"]["data_dir"] == str(house / "benchmarks")
     assert set(results["benchmarks"]) == set(results["counts"]) == {"example", pairs}
-    assert all(set(part) == {"subsets", "averages", "overall"} for part in results["benchmarks"].values())
+    parts = {"subsets", "averages", "overall", "intervals"}
+    assert all(set(benchmark) == parts for benchmark in results["benchmarks"].values())
     counts = results["counts"][pairs]
     assert len(counts.pop("skipped_rows")) == 2
     expected = {"rows": 11, "scored": 9, "counted": 9, "skipped": 2, "responses": 18, "empty_responses": 0}
@@ -151,60 +156,3 @@ def test_output_directory_is_named_after_the_model_and_a_checkpoint_after_its_ru
     assert default_output_dir("org/reward-model") == Path("../output/eval/reward-model")
     assert default_output_dir("../output/distilrm/") == Path("../output/eval/distilrm")
     assert default_output_dir("../output/distilrm/checkpoint-50") == Path("../output/eval/distilrm-checkpoint-50")
-
-
-class Page(HTMLParser):
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: set[str] = set()
-        self.words: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes |= {name for name, _ in attrs}
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-
-def hostile_evaluation(tmp_path) -> Evaluation:
-    rows = [pair(n, margin=float(n), subset=HOSTILE, prompt=HOSTILE, chosen=HOSTILE) for n in range(4)]
-    rows += [pair(4, id=HOSTILE), pair(5, subset={"x": 1}, id=HOSTILE + "2")]
-    benchmark = preference.load(write_jsonl(tmp_path / "pairs.jsonl", rows))
-    scores = [[0.5, 1.5], [1.0, 0.0], [2.0, -1.0], [0.0, 0.0], [-3.0, 3.0]]
-    counts = {"rows": 6, "scored": 5, "skipped": 1, "skipped_rows": benchmark.skipped, "pairs": 5}
-    return Evaluation(benchmark, benchmark.items, scores, benchmark.summarize(benchmark.items, scores), counts)
-
-
-def test_the_report_escapes_every_text_and_loads_nothing(tmp_path):
-    page = build_report(HOSTILE, [hostile_evaluation(tmp_path)])
-    assert HOSTILE not in page
-    parsed = Page(page)
-    assert not {"script", "img", "link", "iframe", "object", "a", "base"} & set(parsed.tags)
-    assert not {"src", "href", "onerror", "onload", "xlink:href"} & parsed.attributes
-    assert "://" not in page and "url(" not in page and "@import" not in page
-    # title, subset, id, prompt, chosen, skipped row: all there, as text
-    assert sum(HOSTILE in words for words in parsed.words) >= 6
-
-
-def test_the_report_shows_histogram_scatter_accuracy_and_the_worst_pair_first(tmp_path):
-    evaluation = hostile_evaluation(tmp_path)
-    page = build_report("model", [evaluation])
-    assert page.count("<svg") == 2
-    assert page.count("<circle") == 4  # pairs with a margin
-    assert f"<td>{evaluation.summary['overall']:.3f}</td>" in page
-    mistakes = [line for line in page.splitlines() if "gap -" in line]
-    assert ["gap -6.000" in line for line in mistakes] == [True, False]
-    assert "nan" not in page.lower().replace("finance", "")
-
-
-def test_the_report_of_one_pair_with_equal_rewards_is_drawn(tmp_path):
-    benchmark = preference.load(write_jsonl(tmp_path / "pairs.jsonl", [pair(0, margin=1.0)]))
-    scores = [[2.0, 2.0]]
-    counts = {"rows": 1, "scored": 1, "skipped": 0, "skipped_rows": [], "pairs": 1}
-    evaluation = Evaluation(benchmark, benchmark.items, scores, benchmark.summarize(benchmark.items, scores), counts)
-    assert "None." in build_report("model", [evaluation])
-    table = accuracy_table("pairs", evaluation.summary, "1 row")
-    assert table.splitlines()[2].split() == ["-", "-", "-", "0.000"]

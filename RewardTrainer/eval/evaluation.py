@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
 
 from distiller.records import InputError, dump_line
 from RewardTrainer.eval.base import Benchmark, Item
-
-if TYPE_CHECKING:  # metrics, tables and report need no torch
-    from RewardTrainer.eval.scoring import Scorer
+from RewardTrainer.eval.confidence import intervals
+from RewardTrainer.eval.engines.base import Engine
+from RewardTrainer.eval.parts import Finished, Parts, Scored, rows_of_shard
 
 
 @dataclass(frozen=True)
@@ -23,56 +25,124 @@ class Evaluation:
     """The scored ones, in file order."""
     scores: list[list[float]]
     """Rewards of each item's responses."""
+    values: np.ndarray
+    """What each row is worth, (rows, columns) of the benchmark's metric."""
     summary: dict
     """subsets, averages, overall."""
+    intervals: dict
+    """95 % bootstrap intervals of the same; see `confidence.intervals`."""
     counts: dict
     """rows, scored, counted, skipped, skipped_rows (messages), responses, empty_responses, truncated, responses_cut,
     pairs, tied_pairs, short_subsets."""
 
 
-def evaluate(benchmark: Benchmark, scorer: Scorer, show_progress: bool = False) -> Evaluation:
-    """Score a benchmark.
+def evaluation_of(benchmark: Benchmark, items: list[Item], scores: list[list[float]], counts: dict) -> Evaluation:
+    """A benchmark's numbers from the scores of its rows.
+
+    Args:
+        benchmark: the benchmark
+        items: those of its rows that were scored
+        scores: rewards of each item's responses
+        counts: see `Evaluation.counts`; "counted" is filled in here
+    """
+    values = benchmark.by_scores.rows(items, scores)
+    summary = benchmark.summarize(items, scores)
+    counts = {**counts, "counted": sum(row["n"] for row in summary["subsets"].values())}
+    return Evaluation(benchmark, items, scores, values, summary, intervals(benchmark.by_scores, items, values), counts)
+
+
+def score_benchmark(
+    benchmark: Benchmark,
+    engine: Engine,
+    parts: Parts | None = None,
+    shard: tuple[int, int] = (0, 1),
+    bar: bool = False,
+) -> Finished:
+    """Reward every response of a benchmark that has no reward yet.
+
+    Args:
+        benchmark: its rows
+        engine: the reward model
+        parts: where rewards are kept as they come, and found again; None keeps them in memory alone
+        shard: (this process's number, number of processes): the rows are split between them
+        bar: show a progress bar on stderr
+
+    Returns:
+        all that is known now, other processes' rewards included as far as they were there at the start
+
+    Raises:
+        InputError: the model's rewards are unusable
+    """
+    done = parts.finished(benchmark.name) if parts else Finished({}, {})
+    mine = [benchmark.items[index] for index in rows_of_shard(benchmark, *shard)]
+    todo = [(item, [n for n in range(len(item.responses)) if (item.key, n) not in done.scores]) for item in mine]
+    todo = [(item, numbers) for item, numbers in todo if numbers and item.key not in done.refused]
+    encoded = engine.encode(
+        [[[*item.prompt, _answer(item.responses[number])] for number in numbers] for item, numbers in todo]
+    )
+    rows, work = [], []
+    for (item, numbers), row in zip(todo, encoded, strict=True):
+        if isinstance(row, InputError):
+            done.refused[item.key] = str(row)
+            if parts:
+                parts.refuse(benchmark.name, item.key, str(row))
+        else:
+            rows.append(row)
+            work.append((item, numbers))
+    total = sum(map(len, rows))
+    with tqdm(total=total, desc=benchmark.name, unit="response", file=sys.stderr, disable=not bar) as progress:
+        for row, index, reward in engine.score(rows):
+            item, numbers = work[row]
+            scored = Scored(reward, rows[row][index].truncated, rows[row][index].response_cut)
+            done.scores[item.key, numbers[index]] = scored
+            if parts:
+                parts.add(benchmark.name, item.key, numbers[index], scored)
+            progress.update()
+    return done
+
+
+def make_evaluation(benchmark: Benchmark, done: Finished) -> Evaluation:
+    """The benchmark's numbers from its rewards.
 
     A row whose conversation the chat template refuses is skipped as a whole, counted, and named.
 
     Raises:
-        InputError: no row could be scored, or the model's rewards are unusable
+        InputError: no row could be scored, or rewards are missing
     """
-    items: list[Item] = []
-    skipped = list(benchmark.skipped)
-    texts: list[str] = []
-    for item in benchmark.items:
-        try:
-            rendered = [scorer.render([*item.prompt, _answer(response)]) for response in item.responses]
-        except InputError as error:
-            skipped.append(f"{item.where}: {error}")
-            continue
-        items.append(item)
-        texts.extend(rendered)
+    skipped = [
+        *benchmark.skipped,
+        *(f"{item.where}: {done.refused[item.key]}" for item in benchmark.items if item.key in done.refused),
+    ]
+    items = [item for item in benchmark.items if item.key not in done.refused]
     if not items:
         reasons = "\n  ".join(skipped[:5]) or "the file is empty"
         raise InputError(f"{benchmark.source}: no row can be scored:\n  {reasons}")
-
-    encoded = scorer.encode(texts, [response for item in items for response in item.responses])
-    rewards = iter(scorer.score([row.ids for row in encoded], progress=benchmark.name if show_progress else None))
-    scores = [[next(rewards) for _ in item.responses] for item in items]
+    rewarded = [[done.scores.get((item.key, number)) for number in range(len(item.responses))] for item in items]
+    missing = sum(scored is None for row in rewarded for scored in row)
+    if missing:
+        raise InputError(f"{benchmark.name}: {missing} responses have no reward yet; run the same command again")
+    scores = [[scored.score for scored in row] for row in rewarded]
     gaps = pair_gaps(items, scores)
-    summary = benchmark.summarize(items, scores)
+    flat = [scored for row in rewarded for scored in row]
     counts = {
         "rows": len(items) + len(skipped),
         "scored": len(items),
-        "counted": sum(row["n"] for row in summary["subsets"].values()),
         "skipped": len(skipped),
         "skipped_rows": skipped,
-        "responses": len(encoded),
+        "responses": len(flat),
         "empty_responses": sum(not response.strip() for item in items for response in item.responses),
-        "truncated": sum(row.truncated for row in encoded),
-        "responses_cut": sum(row.response_cut for row in encoded),
+        "truncated": sum(scored.truncated for scored in flat),
+        "responses_cut": sum(scored.response_cut for scored in flat),
         "pairs": len(gaps),
         "tied_pairs": sum(gap == 0 for gap in gaps),
         "short_subsets": benchmark.short_subsets(items),
     }
-    return Evaluation(benchmark, items, scores, summary, counts)
+    return evaluation_of(benchmark, items, scores, counts)
+
+
+def evaluate(benchmark: Benchmark, engine: Engine) -> Evaluation:
+    """Score a benchmark in memory. Raises InputError as the two functions it is made of."""
+    return make_evaluation(benchmark, score_benchmark(benchmark, engine))
 
 
 def _answer(response: str) -> dict[str, str]:
@@ -84,29 +154,32 @@ def pair_gaps(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> list[
     return [row[right] - row[wrong] for item, row in zip(items, scores, strict=True) for right, wrong in item.pairs()]
 
 
-def results(model: str, evaluations: Sequence[Evaluation]) -> dict:
-    """The content of `results.json`."""
+def results(model: str, evaluations: Sequence[Evaluation], settings: dict) -> dict:
+    """The content of `results.json`; keys may be added, none of these change.
+
+    {"model": name,
+     "benchmarks": {name: {"subsets": {subset: {"accuracy", "n", further columns}}, "averages": {name: value},
+                           "overall": value, "intervals": {"subsets", "averages", "overall"}}},
+     "counts": {name: see `Evaluation.counts`},
+     "settings": what the scores were made with}
+    """
     return {
         "model": model,
-        "benchmarks": {evaluation.benchmark.name: evaluation.summary for evaluation in evaluations},
-        "counts": {evaluation.benchmark.name: evaluation.counts for evaluation in evaluations},
+        "benchmarks": {e.benchmark.name: {**e.summary, "intervals": e.intervals} for e in evaluations},
+        "counts": {e.benchmark.name: e.counts for e in evaluations},
+        "settings": settings,
     }
 
 
-def write_scores(path: Path, evaluations: Sequence[Evaluation]) -> None:
-    """`scores.jsonl`: one line for each response, `response` being its index in the row."""
-    with path.open("wb") as file:
-        for evaluation in evaluations:
-            for item, row in zip(evaluation.items, evaluation.scores, strict=True):
-                for index, score in enumerate(row):
-                    line = {
-                        "benchmark": evaluation.benchmark.name,
-                        "id": item.id,
-                        "subset": item.subset,
-                        "response": index,
-                        "score": score,
-                    }
-                    file.write(dump_line(line))
+def score_lines(evaluations: Sequence[Evaluation]) -> bytes:
+    """The content of `scores.jsonl`: one line for each response, `response` being its index in the row."""
+    lines = []
+    for evaluation in evaluations:
+        for item, row in zip(evaluation.items, evaluation.scores, strict=True):
+            for index, score in enumerate(row):
+                line = {"benchmark": evaluation.benchmark.name, "id": item.id, "subset": item.subset}
+                lines.append(dump_line({**line, "response": index, "score": score}))
+    return b"".join(lines)
 
 
 def accuracy_table(name: str, summary: dict, rows: str) -> str:
@@ -121,7 +194,7 @@ def accuracy_table(name: str, summary: dict, rows: str) -> str:
     subsets = summary["subsets"]
     if len(subsets) > 1:
         names = [column for column in next(iter(subsets.values())) if column != "n"]
-        cells = [["", *(_title(column) for column in names), "n"]]
+        cells = [["", *(title(column) for column in names), "n"]]
         cells += [
             [subset, *(shown(row[column]) for column in names), str(row["n"])] for subset, row in subsets.items()
         ]
@@ -145,7 +218,7 @@ def _columns(rows: list[list[str]]) -> list[str]:
 
 def average_columns(summary: dict) -> dict[str, float | None]:
     """Column title -> value: the averages, and the overall figure unless an average called mean already is it."""
-    columns = {_title(name): value for name, value in summary["averages"].items()}
+    columns = {title(name): value for name, value in summary["averages"].items()}
     if "Mean" not in columns:
         columns["Overall"] = summary["overall"]
     return columns
@@ -155,7 +228,8 @@ def _values(summary: dict) -> list[float | None]:
     return list(average_columns(summary).values())
 
 
-def _title(name: str) -> str:
+def title(name: str) -> str:
+    """`both_correct` -> `Both correct`."""
     return name[:1].upper() + name[1:].replace("_", " ")
 
 

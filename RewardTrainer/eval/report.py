@@ -1,164 +1,211 @@
-"""`report.html`: one file, no script, nothing loaded from anywhere, so that it opens offline and can be mailed.
+"""`report.html`: one file that opens offline and can be mailed; one model, or several side by side.
 
-Every text that comes from a model or a data file is escaped; the page's own policy forbids scripts and remote content
-besides.
+Nothing is loaded from anywhere. Every text that comes from a model or a data file is escaped, and the page's own
+policy allows no script but the one that sorts its tables, by that script's hash.
 """
 
 from __future__ import annotations
 
+import hashlib
+from base64 import b64encode
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
-from RewardTrainer.eval.evaluation import Evaluation, average_columns, shown
+from RewardTrainer.eval.confidence import Paired, accuracy_by_length, calibration
+from RewardTrainer.eval.evaluation import Evaluation, average_columns, pair_gaps, shown, title
+from RewardTrainer.eval.figures import bar_chart, calibration_curve, histogram, scatter
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 560, 220, 48, 34, 12  # plots, in pixels
-CHOSEN, REJECTED = "#2166ac", "#d6604d"
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 0.5rem 0 1rem }
-th, td { padding: 0.25rem 0.8rem; border-bottom: 1px solid #ddd; text-align: right }
-th:first-child, td:first-child { text-align: left }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: 0.5rem; margin: 0.2rem 0 0.6rem }
-summary { cursor: pointer }
-svg { display: block; max-width: 100% } svg text { font-size: 11px; fill: #444 }
-""".strip()
+PAGE = Path(__file__).parent / "page"
+MISTAKES = 5
+LONGEST_TEXT = 3000
+"""Characters of a text that the page shows."""
 
 
-def build_report(model: str, evaluations: Sequence[Evaluation]) -> str:
+@dataclass(frozen=True)
+class Run:
+    """A model and its benchmarks."""
+
+    model: str
+    evaluations: list[Evaluation]
+
+    def on(self, benchmark: str) -> Evaluation | None:
+        """Its evaluation on a benchmark, None where it has none."""
+        return next((e for e in self.evaluations if e.benchmark.name == benchmark), None)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on one benchmark."""
+
+    benchmark: str
+    first: str
+    second: str
+    paired: Paired
+
+
+Cell = tuple[str, object]
+"""(HTML of a table cell, value it is sorted by; None sorts last)"""
+
+
+def build_report(runs: Sequence[Run], comparisons: Sequence[Comparison] = ()) -> str:
     """The whole page.
 
     Args:
-        model: name of the evaluated model
-        evaluations: its benchmarks, in the order to show
+        runs: the models, in the order to show
+        comparisons: paired tests, if any
     """
-    title = f"Reward model evaluation: {escape(model)}"
-    body = "\n".join(_section(evaluation) for evaluation in evaluations)
+    heading = f"Reward model evaluation: {escape(', '.join(run.model for run in runs))}"
+    names = list(dict.fromkeys(e.benchmark.name for run in runs for e in run.evaluations))
+    body = "\n".join(_section(name, runs, [c for c in comparisons if c.benchmark == name]) for name in names)
+    script = (PAGE / "sort.js").read_text(encoding="utf-8")
+    fingerprint = b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{fingerprint}'"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width">\n'
+        f"<title>{heading}</title>\n<style>\n{(PAGE / 'style.css').read_text(encoding='utf-8')}</style>\n</head>\n"
+        f"<body>\n<h1>{heading}</h1>\n"
+        "<p>Brackets are 95 % bootstrap intervals. A click on a heading sorts its table.</p>\n"
+        f"{body}\n<script>{script}</script>\n</body>\n</html>\n"
     )
 
 
-def _section(evaluation: Evaluation) -> str:
-    counts = evaluation.counts
-    columns = average_columns(evaluation.summary)
-    subsets = [[name, shown(row["accuracy"]), str(row["n"])] for name, row in evaluation.summary["subsets"].items()]
-    fates = [[name.replace("_", " "), str(value)] for name, value in counts.items() if isinstance(value, int)]
+def _section(name: str, runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
+    found = [(run.model, evaluation) for run in runs if (evaluation := run.on(name))]
     parts = [
-        f"<h2>{escape(evaluation.benchmark.name)}</h2>",
-        f"<p>Rows from {escape(evaluation.benchmark.source)}. A pair is right when the chosen reward is strictly "
-        "greater.</p>",
-        _table(list(columns), [[shown(value) for value in columns.values()]]),
-        _table(["Subset", "Accuracy", "n"], subsets),
-        "<h3>Rewards</h3>",
-        _reward_histogram(evaluation),
+        f"<h2>{escape(name)}</h2>",
+        f"<p>Rows from {escape(found[0][1].benchmark.source)}.</p>",
+        _averages_table(found),
+        _subsets_table(found),
     ]
-    points = [
-        (item.margin, row[right] - row[wrong])
-        for item, row in zip(evaluation.items, evaluation.scores, strict=True)
-        for right, wrong in item.pairs()
-        if item.margin is not None
-    ]
-    if points:
-        parts += ["<h3>Reward gap against margin</h3>", scatter(points, "margin", "reward gap")]
-    parts += ["<h3>Most confident mistakes</h3>", _mistakes(evaluation), "<h3>Counts</h3>", _table(["", ""], fates)]
-    if counts["skipped_rows"]:
-        messages = "\n".join(counts["skipped_rows"])
-        parts.append(f"<details><summary>Skipped rows</summary><pre>{escape(messages)}</pre></details>")
+    if comparisons:
+        parts += ["<h3>Paired comparison</h3>", _comparison_table(comparisons)]
+    for model, evaluation in found:
+        label = f" of {escape(model)}" if len(found) > 1 else ""
+        parts += [
+            f"<h3>Rewards{label}</h3>",
+            _figures(evaluation),
+            f"<h3>Most confident mistakes{label}</h3>",
+            _mistakes(evaluation),
+            f"<h3>Counts{label}</h3>",
+            _counts(evaluation),
+        ]
     return "\n".join(parts)
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table>\n<tr>{head}</tr>\n{body}\n</table>"
+def _averages_table(found: Sequence[tuple[str, Evaluation]]) -> str:
+    names = list(dict.fromkeys(column for _, e in found for column in average_columns(e.summary)))
+    rows = []
+    for model, evaluation in found:
+        values = average_columns(evaluation.summary)
+        spans = average_columns(evaluation.intervals)
+        rows.append([_text(model), *(_estimate(values.get(name), spans.get(name)) for name in names)])
+    return _table(["Model", *names], rows)
 
 
-def _reward_histogram(evaluation: Evaluation) -> str:
+def _subsets_table(found: Sequence[tuple[str, Evaluation]]) -> str:
+    subsets = list(dict.fromkeys(subset for _, e in found for subset in e.summary["subsets"]))
+    single = len(found) == 1
+    header = ["Subset"]
+    for model, evaluation in found:
+        further = [column for column in _columns_of(evaluation) if column != "accuracy"] if single else []
+        header += ["Accuracy" if single else model, *map(title, further), *(["n"] if single else [f"n, {model}"])]
+    rows = []
+    for subset in subsets:
+        row = [_text(subset)]
+        for _, evaluation in found:
+            cell = evaluation.summary["subsets"].get(subset, {})
+            row.append(_estimate(cell.get("accuracy"), evaluation.intervals["subsets"].get(subset)))
+            if single:
+                further = [column for column in _columns_of(evaluation) if column != "accuracy"]
+                row += [_estimate(cell.get(column), None) for column in further]
+            row.append((str(cell.get("n", 0)), cell.get("n", 0)))
+        rows.append(row)
+    return _table(header, rows)
+
+
+def _columns_of(evaluation: Evaluation) -> list[str]:
+    return list(evaluation.benchmark.by_scores.columns)
+
+
+def _comparison_table(comparisons: Sequence[Comparison]) -> str:
+    rows = []
+    for comparison in comparisons:
+        paired = comparison.paired
+        p_value = f"{paired.p_value:.4f}"
+        rows.append(
+            [
+                _text(comparison.first),
+                _text(comparison.second),
+                (str(paired.rows), paired.rows),
+                *(_estimate(overall, None) for overall in paired.overall),
+                _estimate(paired.difference, paired.interval),
+                (p_value, paired.p_value),
+            ]
+        )
+    header = ["First", "Second", "Rows", "Overall, first", "Overall, second", "Difference", "p (permutation)"]
+    return _table(header, rows)
+
+
+def _text(text: str) -> Cell:
+    return escape(text), text
+
+
+def _estimate(value: float | None, interval: Sequence[float] | None) -> Cell:
+    spread = f" <small>[{shown(interval[0])}, {shown(interval[1])}]</small>" if interval else ""
+    return shown(value) + spread, value
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    head = "".join(f'<th><button type="button">{escape(cell)}</button></th>' for cell in header)
+    body = "\n".join(
+        "<tr>"
+        + "".join(f'<td data-value="{"" if key is None else escape(str(key))}">{cell}</td>' for cell, key in row)
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll"><table class="sortable">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n'
+        "</table></div>"
+    )
+
+
+def _figures(evaluation: Evaluation) -> str:
     chosen, rejected = [], []
     for item, row in zip(evaluation.items, evaluation.scores, strict=True):
         for index, score in enumerate(row):
             (chosen if index in item.chosen else rejected).append(score)
-    return histogram(chosen, rejected)
-
-
-def histogram(chosen: Sequence[float], rejected: Sequence[float], bins: int = 30) -> str:
-    """Rewards of chosen and rejected responses over common bins, as inline SVG; share of each kind upwards."""
-    low, high = _range([*chosen, *rejected])
-    shares = []
-    for values in (chosen, rejected):
-        heights = [0.0] * bins
-        for value in values:
-            heights[min(int((value - low) / (high - low) * bins), bins - 1)] += 1 / len(values)
-        shares.append(heights)
-    top = max(max(heights) for heights in shares)
-    width = (WIDTH - LEFT) / bins
-    bars = []
-    for heights, colour in zip(shares, (CHOSEN, REJECTED), strict=True):
-        for index, share in enumerate(heights):
-            height = share / top * (HEIGHT - BOTTOM - TOP)
-            if share:
-                bars.append(
-                    f'<rect x="{LEFT + index * width:.1f}" y="{HEIGHT - BOTTOM - height:.1f}" width="{width:.1f}" '
-                    f'height="{height:.1f}" fill="{colour}" fill-opacity="0.55"/>'
-                )
-    legend = "".join(
-        f'<rect x="{LEFT + 8 + offset}" y="{TOP}" width="10" height="10" fill="{colour}" fill-opacity="0.55"/>'
-        f'<text x="{LEFT + 22 + offset}" y="{TOP + 9}">{label}</text>'
-        for offset, colour, label in ((0, CHOSEN, "chosen"), (70, REJECTED, "rejected"))
-    )
-    return _plot(
-        "Histogram of chosen and rejected rewards", "".join(bars) + legend, (low, high), (0, top), "reward", "share"
-    )
-
-
-def scatter(points: Sequence[tuple[float, float]], x_label: str, y_label: str) -> str:
-    """Points as inline SVG."""
-    (x_low, x_high), (y_low, y_high) = _range([x for x, _ in points]), _range([y for _, y in points])
-    dots = "".join(
-        f'<circle cx="{LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT):.1f}" '
-        f'cy="{TOP + (y_high - y) / (y_high - y_low) * (HEIGHT - BOTTOM - TOP):.1f}" r="2.5" fill="{CHOSEN}" '
-        f'fill-opacity="0.5"/>'
-        for x, y in points
-    )
-    return _plot(f"{y_label} against {x_label}", dots, (x_low, x_high), (y_low, y_high), x_label, y_label)
-
-
-def _plot(
-    title: str, marks: str, x_range: tuple[float, float], y_range: tuple[float, float], x_label: str, y_label: str
-) -> str:
-    floor = HEIGHT - BOTTOM
-    labels = [
-        (LEFT, floor + 14, "start", f"{x_range[0]:.3g}"),
-        (WIDTH, floor + 14, "end", f"{x_range[1]:.3g}"),
-        ((LEFT + WIDTH) / 2, floor + 28, "middle", x_label),
-        (LEFT - 4, floor, "end", f"{y_range[0]:.3g}"),
-        (LEFT - 4, TOP + 8, "end", f"{y_range[1]:.3g}"),
+    gaps = pair_gaps(evaluation.items, evaluation.scores)
+    lengths = [
+        (len(item.responses[right]), len(item.responses[wrong]))
+        for item in evaluation.items
+        for right, wrong in item.pairs()
     ]
-    texts = "".join(f'<text x="{x}" y="{y}" text-anchor="{anchor}">{escape(t)}</text>' for x, y, anchor, t in labels)
-    middle = (TOP + floor) / 2
-    upright = (
-        f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(y_label)}</text>'
-    )
-    axes = f'<path d="M{LEFT} {TOP}V{floor}H{WIDTH}" fill="none" stroke="#888"/>'
-    return (
-        f'<svg viewBox="0 0 {WIDTH + 8} {HEIGHT}" width="{WIDTH + 8}" height="{HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}">'
-        f"{marks}{axes}{texts}{upright}</svg>"
-    )
+    points, error = calibration(gaps)
+    figures = [
+        (histogram(chosen, rejected), "Rewards of chosen and rejected responses."),
+        (
+            calibration_curve(points),
+            "How often the preferred response of a pair is the right one, against the probability that its reward "
+            f"gap claims (Bradley-Terry). Expected calibration error {shown(error)}.",
+        ),
+        (
+            bar_chart(accuracy_by_length(lengths, gaps), "length of the right response against the wrong", "accuracy"),
+            "Share of pairs with the right response ahead, by its length in characters (number of pairs).",
+        ),
+    ]
+    margins = [item.margin for item in evaluation.items for _ in item.pairs()]
+    with_margin = [(margin, gap) for margin, gap in zip(margins, gaps, strict=True) if margin is not None]
+    if with_margin:
+        figures.append((scatter(with_margin, "margin", "reward gap"), "Reward gap of a pair against its margin."))
+    drawn = "\n".join(f"<figure>{svg}<figcaption>{escape(text)}</figcaption></figure>" for svg, text in figures)
+    return f'<div class="figures">\n{drawn}\n</div>'
 
 
-def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Smallest and largest value; a single value gets room on both sides."""
-    low, high = min(values), max(values)
-    if low == high:
-        room = max(abs(low), 1.0) * 0.5
-        return low - room, high + room
-    return low, high
-
-
-def _mistakes(evaluation: Evaluation, limit: int = 5, longest_text: int = 1500) -> str:
+def _mistakes(evaluation: Evaluation) -> str:
     """The pairs with the most negative gap, at most one for each row."""
     worst = []
     for item, row in zip(evaluation.items, evaluation.scores, strict=True):
@@ -168,14 +215,25 @@ def _mistakes(evaluation: Evaluation, limit: int = 5, longest_text: int = 1500) 
     if not worst:
         return "<p>None.</p>"
     shown_rows = []
-    for gap, item, right, wrong in sorted(worst, key=lambda row: row[0])[:limit]:
+    for gap, item, right, wrong in sorted(worst, key=lambda row: row[0])[:MISTAKES]:
         prompt = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in item.prompt)
         texts = (("Prompt", prompt), ("Chosen", item.responses[right]), ("Rejected", item.responses[wrong]))
-        blocks = "".join(f"<b>{label}</b><pre>{escape(_clip(text, longest_text))}</pre>" for label, text in texts)
+        blocks = "".join(f"<b>{label}</b><pre>{escape(_clip(text))}</pre>" for label, text in texts)
         heading = f"{escape(item.id)} ({escape(item.subset)}): gap {shown(gap)}, responses {right} and {wrong}"
         shown_rows.append(f"<details><summary>{heading}</summary>{blocks}</details>")
     return "\n".join(shown_rows)
 
 
-def _clip(text: str, longest: int) -> str:
-    return text if len(text) <= longest else f"{text[:longest]} ... [{len(text) - longest} more characters]"
+def _counts(evaluation: Evaluation) -> str:
+    counts = evaluation.counts
+    rows = [[_text(name.replace("_", " ")), (str(n), n)] for name, n in counts.items() if isinstance(n, int)]
+    rows += [[_text(f"rows of {name}"), _text(count)] for name, count in counts["short_subsets"].items()]
+    parts = [_table(["What", "Number"], rows)]
+    if counts["skipped_rows"]:
+        messages = "\n".join(counts["skipped_rows"])
+        parts.append(f"<details><summary>Skipped rows</summary><pre>{escape(messages)}</pre></details>")
+    return "\n".join(parts)
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} ... [{len(text) - LONGEST_TEXT} more]"

@@ -1,37 +1,54 @@
 """Evaluate a reward model: reward every response of some benchmarks, write accuracies, scores and a report.
 
     bash scripts/eval_rm.sh                    # what train_distilrm.sh made, on the embedded benchmark
-    bash scripts/eval_rm.sh --model org/reward-model --benchmarks example,../data/test_pairs.jsonl
-    bash scripts/eval_rm.sh --config my.yaml --max_length 2048 --dtype float32
+    bash scripts/eval_rm.sh --model org/reward-model --benchmarks rm-bench,../data/test_pairs.jsonl --data_dir D
+    bash scripts/eval_rm.sh --config my.yaml --engine vllm --max_length 2048 --dtype float32
 
 Reads any sequence-classification reward model with one label, safetensors weights and a chat template (a directory or
-a hub id), and benchmarks by name or preference files by path. Writes to the output directory, over what an earlier run
-left there:
+a hub id; models of another kind through --adapter), and benchmarks by name or preference files by path. Writes to the
+output directory, over what an earlier run left there:
 
-    results.json   {"model", "benchmarks": {name: {"subsets", "averages", "overall"}}, "counts": {name: {...}}}
+    results.json   model, benchmarks: {name: {subsets, averages, overall, intervals}}, counts, settings
     scores.jsonl   one line for each response: benchmark, id, subset, response (its index in the row), score
-    report.html    tables, reward histograms, gap against margin, worst mistakes; opens offline
+    report.html    tables with intervals, reward distributions, calibration, lengths, worst mistakes; opens offline
+    results.md     the tables as Markdown
 
-and prints the accuracies.
+and prints the accuracies. `--compare` puts finished evaluations side by side instead, with paired tests of the first
+against the others; it loads no model:
 
-A row that cannot be scored (malformed, empty response, repeated id, refused by the chat template) is left out, named
-on stderr and counted in results.json. A conversation longer than --max_length loses the left end of its prompt, never
-the end of its response.
+    bash scripts/eval_rm.sh --compare ../output/eval/a ../output/eval/b --output_dir ../output/eval/a-and-b
+
+A row that cannot be scored (malformed, repeated id, refused by the chat template) is left out, named on stderr and
+counted in results.json. A conversation longer than --max_length loses the left end of its prompt, never the end of its
+response, and is counted. A run that was interrupted goes on where it was when the same command is given again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from distiller.arguments import parse_stage_args
+from distiller.manifest import hash_file, made_with, model_fingerprint
 from distiller.records import InputError
+from RewardTrainer.eval.base import Benchmark
 from RewardTrainer.eval.benchmarks import load_benchmark
-from RewardTrainer.eval.evaluation import Evaluation, accuracy_table, evaluate, results, write_scores
-from RewardTrainer.eval.report import build_report
+from RewardTrainer.eval.compare import run_comparison
+from RewardTrainer.eval.engines import load_engine
+from RewardTrainer.eval.evaluation import (
+    Evaluation,
+    accuracy_table,
+    make_evaluation,
+    score_benchmark,
+)
+from RewardTrainer.eval.launch import count_processes, end_with_parent, run_processes, shard_of_this_process
+from RewardTrainer.eval.outputs import write_outputs
+from RewardTrainer.eval.parts import Parts
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "eval" / "example.yaml"
 MESSAGES_SHOWN = 20
@@ -42,6 +59,9 @@ class EvalArguments:
     """Flags of `eval_rm.sh`; a YAML file given with --config uses the same names."""
 
     model: str = field(default="../output/distilrm", metadata={"help": "Reward model: a directory, or a hub id."})
+    compare: list[str] | None = field(
+        default=None, metadata={"help": "Output directories of finished evaluations to put side by side."}
+    )
     benchmarks: str = field(
         default="example", metadata={"help": "Comma-separated benchmark names and preference files."}
     )
@@ -51,6 +71,13 @@ class EvalArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Default: ../output/eval/<model name>."})
     max_length: int | None = field(
         default=None, metadata={"help": "Longest conversation in tokens; default: all the model takes."}
+    )
+    engine: str = field(default="hf", metadata={"help": "hf (transformers) or vllm (its pooling runner)."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "Python file with load and score, for other models; see engines/adapter.py."}
+    )
+    num_processes: int | None = field(
+        default=None, metadata={"help": "Processes that share the rows; default: one a GPU, or 1."}
     )
     tokens_per_batch: int = field(
         default=16384, metadata={"help": "Rows x longest row of one batch. Changes speed and memory, not scores."}
@@ -62,6 +89,28 @@ class EvalArguments:
         default=None, metadata={"help": "Attention of transformers (eager, sdpa, ...); default: the model's own."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with the model."})
+    tensor_parallel_size: int = field(default=1, metadata={"help": "vllm: GPUs the model is spread over."})
+    gpu_memory_utilization: float = field(default=0.9, metadata={"help": "vllm: share of the GPU's memory to take."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Begin anew where an evaluation with other settings was not finished."}
+    )
+
+    ENGINE_FLAGS: ClassVar[tuple[str, ...]] = (
+        "engine",
+        "adapter",
+        "dtype",
+        "max_length",
+        "tokens_per_batch",
+        "attn_implementation",
+        "trust_remote_code",
+        "tensor_parallel_size",
+        "gpu_memory_utilization",
+    )
+    """Those that `load_engine` takes."""
+    SPEED_FLAGS: ClassVar[frozenset[str]] = frozenset(
+        {"tokens_per_batch", "trust_remote_code", "tensor_parallel_size", "gpu_memory_utilization"}
+    )
+    """Those of them that decide how fast, not what comes out."""
 
 
 def default_output_dir(model: str) -> Path:
@@ -73,53 +122,87 @@ def default_output_dir(model: str) -> Path:
 
 
 def run(arguments: EvalArguments) -> list[Evaluation]:
-    """Evaluate and write the three files. Raises InputError before anything is written."""
+    """Evaluate and write the three files. In a child process: only score its share of the rows, and return [].
+
+    Raises:
+        InputError: a request or input that cannot be used
+    """
+    benchmarks = _benchmarks(arguments)  # before the model: a typo shows at once
+    output_dir = Path(arguments.output_dir) if arguments.output_dir else default_output_dir(arguments.model)
+    parts = Parts(output_dir / "parts")
+    shard = shard_of_this_process()
+    gpus_each = arguments.tensor_parallel_size if arguments.engine == "vllm" else 1
+    processes = 1 if shard else count_processes(arguments.num_processes, gpus_each)
+    if processes > 1:
+        parts.begin(_identity(arguments, benchmarks), arguments.overwrite)
+        run_processes("RewardTrainer.eval.run_eval_rm", arguments, processes, gpus_each)
+    else:
+        engine = load_engine(arguments.model, **{name: getattr(arguments, name) for name in arguments.ENGINE_FLAGS})
+        if not shard:
+            parts.begin(_identity(arguments, benchmarks), arguments.overwrite)
+        else:
+            end_with_parent()
+        number, of = shard or (0, 1)
+        parts.open(number)
+        for benchmark in benchmarks:
+            start = time.monotonic()
+            score_benchmark(benchmark, engine, parts, (number, of), bar=number == 0)
+            if not shard:
+                print(f"{benchmark.name}: {time.monotonic() - start:.1f} s", file=sys.stderr)
+        parts.close()
+        if shard:
+            return []
+
+    evaluations = [make_evaluation(benchmark, parts.finished(benchmark.name)) for benchmark in benchmarks]
+    for evaluation in evaluations:
+        _report_counts(evaluation, f"{arguments.max_length} tokens" if arguments.max_length else "the model takes")
+    write_outputs(output_dir, arguments.model, evaluations, _settings(arguments))
+    parts.remove()
+    print(f"written: {output_dir}/results.json, results.md, scores.jsonl, report.html\n", file=sys.stderr)
+    return evaluations
+
+
+def _benchmarks(arguments: EvalArguments) -> list[Benchmark]:
     names = [name.strip() for name in arguments.benchmarks.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise InputError(f"--benchmarks {arguments.benchmarks}: one or more different names expected")
     data_dir = Path(arguments.data_dir) if arguments.data_dir else None
     if data_dir is not None and not data_dir.is_dir():
         raise InputError(f"--data_dir {data_dir}: no such directory")
-    benchmarks = [load_benchmark(name, data_dir) for name in names]  # before the model: a typo shows at once
+    return [load_benchmark(name, data_dir) for name in names]
 
-    from RewardTrainer.eval.scoring import load_scorer  # torch and transformers take seconds: not for --help or a typo
 
-    scorer = load_scorer(
-        arguments.model,
-        dtype=arguments.dtype,
-        max_length=arguments.max_length,
-        tokens_per_batch=arguments.tokens_per_batch,
-        attn_implementation=arguments.attn_implementation,
-        trust_remote_code=arguments.trust_remote_code,
-    )
-    evaluations = []
+def _identity(arguments: EvalArguments, benchmarks: list[Benchmark]) -> dict:
+    """All that decides the scores."""
+    decisive = [name for name in arguments.ENGINE_FLAGS if name not in arguments.SPEED_FLAGS]
+    rows = {}
     for benchmark in benchmarks:
-        start = time.monotonic()
-        evaluation = evaluate(benchmark, scorer, show_progress=True)
-        _report_counts(evaluation, scorer.max_length, time.monotonic() - start)
-        evaluations.append(evaluation)
-
-    output_dir = Path(arguments.output_dir) if arguments.output_dir else default_output_dir(arguments.model)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_scores(output_dir / "scores.jsonl", evaluations)
-    page = build_report(arguments.model, evaluations)
-    (output_dir / "report.html").write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    (output_dir / "results.json").write_text(json.dumps(results(arguments.model, evaluations), indent=2) + "\n")
-    print(f"written: {output_dir}/results.json, scores.jsonl, report.html\n", file=sys.stderr)
-    return evaluations
+        content = [(item.key, item.prompt, item.responses) for item in benchmark.items]
+        rows[benchmark.name] = hashlib.sha256(json.dumps(content).encode("ascii")).hexdigest()[:16]
+    return {
+        "model": arguments.model,
+        "model_files": model_fingerprint(arguments.model),
+        **{name: getattr(arguments, name) for name in decisive},
+        "adapter_file": hash_file(arguments.adapter) if arguments.adapter else None,
+        "rows": rows,
+    }
 
 
-def _report_counts(evaluation: Evaluation, max_length: int, seconds: float) -> None:
+def _settings(arguments: EvalArguments) -> dict:
+    decisive = [name for name in arguments.ENGINE_FLAGS if name not in arguments.SPEED_FLAGS]
+    return {"data_dir": arguments.data_dir, **{name: getattr(arguments, name) for name in decisive}, **made_with()}
+
+
+def _report_counts(evaluation: Evaluation, limit: str) -> None:
     counts, name = evaluation.counts, evaluation.benchmark.name
-    print(f"{name}: {counts['responses']} responses in {seconds:.1f} s", file=sys.stderr)
     for message in counts["skipped_rows"][:MESSAGES_SHOWN]:
         print(f"skipped: {message}", file=sys.stderr)
     if counts["skipped"]:
         print(f"{name}: {counts['skipped']} of {counts['rows']} rows skipped", file=sys.stderr)
     if counts["truncated"]:
         print(
-            f"{name}: {counts['truncated']} conversations longer than {max_length} tokens lost the left end of their "
-            f"prompt; in {counts['responses_cut']} of them the response lost its beginning too",
+            f"{name}: {counts['truncated']} conversations longer than {limit} lost the left end of their prompt; in "
+            f"{counts['responses_cut']} of them the response lost its beginning too",
             file=sys.stderr,
         )
     if counts["empty_responses"]:
@@ -135,6 +218,11 @@ def _report_counts(evaluation: Evaluation, max_length: int, seconds: float) -> N
 def main() -> None:
     arguments = parse_stage_args(EvalArguments, DEFAULT_CONFIG, __doc__)
     try:
+        if arguments.compare:
+            data_dir = Path(arguments.data_dir) if arguments.data_dir else None
+            output_dir = Path(arguments.output_dir) if arguments.output_dir else None
+            print(run_comparison([Path(name) for name in arguments.compare], data_dir, output_dir))
+            return
         evaluations = run(arguments)
     except InputError as fault:
         sys.exit(f"error: {fault}")

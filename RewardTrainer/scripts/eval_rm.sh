@@ -5,7 +5,8 @@
 #   bash scripts/eval_rm.sh --model org/reward-model --benchmarks example,../data/test_pairs.jsonl
 #   bash scripts/eval_rm.sh --help                             # every flag, and what is written
 #
-# PYTHON  the interpreter; default: python, or ../.venv's where no environment is active
+# NUM_PROCESSES  processes that share the rows; default: one a GPU, or 1
+# PYTHON         the interpreter; default: python, or ../.venv's where no environment is active
 # Paths are relative to RewardTrainer/, from wherever this is called.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,4 +17,4 @@ fi
 PYTHONPATH="$(cd .. && pwd)${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONPATH
 
-exec "${PYTHON:-python}" -m RewardTrainer.eval.run_eval_rm "$@"
+exec "${PYTHON:-python}" -m RewardTrainer.eval.run_eval_rm ${NUM_PROCESSES:+--num_processes "$NUM_PROCESSES"} "$@"

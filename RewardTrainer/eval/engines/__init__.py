@@ -1,0 +1,47 @@
+"""Engines by name: `hf` (transformers), `vllm` (pooling), or an adapter of the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distiller.records import InputError
+from RewardTrainer.eval.engines.base import Engine
+
+ENGINES = ("hf", "vllm")
+
+
+def load_engine(
+    model: str,
+    engine: str = "hf",
+    *,
+    adapter: str | None = None,
+    dtype: str = "auto",
+    max_length: int | None = None,
+    tokens_per_batch: int = 16384,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    tensor_parallel_size: int = 1,
+    gpu_memory_utilization: float = 0.9,
+) -> Engine:
+    """The engine asked for, its model loaded. Imports only what that engine needs.
+
+    Raises:
+        InputError: an unknown engine, or a model that cannot be loaded or is no reward model
+    """
+    if adapter is not None:
+        import torch
+
+        from RewardTrainer.eval.engines.adapter import AdapterScorer
+
+        return AdapterScorer(Path(adapter), model, "cuda" if torch.cuda.is_available() else "cpu")
+    if engine == "hf":
+        from RewardTrainer.eval.engines.hf import load_scorer
+
+        return load_scorer(model, dtype, max_length, tokens_per_batch, attn_implementation, trust_remote_code)
+    if engine == "vllm":
+        from RewardTrainer.eval.engines.vllm import load_vllm_scorer
+
+        return load_vllm_scorer(
+            model, dtype, max_length, trust_remote_code, tensor_parallel_size, gpu_memory_utilization
+        )
+    raise InputError(f"--engine {engine}: not one of {', '.join(ENGINES)}")

@@ -1,0 +1,46 @@
+"""What an engine is to the rest: rows of conversations in, one reward for each conversation out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from distiller.records import InputError
+
+Conversation = list[dict[str, str]]
+"""Chat messages that end with the response to be rewarded."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One conversation, ready for an engine."""
+
+    size: int
+    """Tokens (characters where the engine keeps its tokens to itself)."""
+    ids: tuple[int, ...] = ()
+    """Token ids, no padding; empty where the engine takes messages."""
+    messages: tuple[dict[str, str], ...] = ()
+    """The messages, where the engine takes those."""
+    truncated: bool = False
+    """The left end was cut off to fit `max_length`."""
+    response_cut: bool = False
+    """The response alone is longer than `max_length`, so the cut also took its beginning."""
+
+
+class Engine(Protocol):
+    """A reward model, however it is run."""
+
+    max_length: int | None
+    """Longest conversation in tokens; None where the engine does not say."""
+
+    def encode(self, rows: Sequence[Sequence[Conversation]]) -> list[list[Encoded] | InputError]:
+        """Each row's conversations, which share a prompt; an InputError for a row that the model's chat template
+        refuses."""
+
+    def score(self, rows: Sequence[Sequence[Encoded]]) -> Iterator[tuple[int, int, float]]:
+        """(row, conversation in it, reward), each once, in any order, as they come.
+
+        Raises:
+            InputError: rewards that cannot be used (not finite, ...)
+        """

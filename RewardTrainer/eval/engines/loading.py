@@ -1,0 +1,110 @@
+"""Telling a reward model from what only looks like one, before it is run.
+
+1. *A head that was never trained.* `AutoModelForSequenceClassification` fills missing weights with random numbers and
+   only warns; a plain causal LM then scores like a coin. Missing weights are refused.
+2. *Two labels.* Comparing rewards needs one number; a two-label model is refused, not indexed.
+3. *Pickled weights, remote code.* Never read; only on request, and said aloud.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from distiller.records import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(dtype: str, on_gpu: bool) -> str:
+    """`auto` is bfloat16 on a GPU, float32 on a CPU. Raises InputError for an unknown name."""
+    if dtype == "auto":
+        return "bfloat16" if on_gpu else "float32"
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: not one of auto, {', '.join(DTYPES)}")
+    return dtype
+
+
+def load_config(name: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer of a one-label model. Raises InputError."""
+    _check_directory(name)
+    if trust_remote_code:
+        print(f"trust_remote_code: Python code shipped with {name} will run on this machine.", file=sys.stderr)
+    config = _from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
+    if config.num_labels != 1:
+        raise InputError(
+            f"{name}: num_labels is {config.num_labels}, a reward model has 1 (architecture {config.architectures}; a "
+            "config that does not say is read as 2, so a language model without a reward head ends here too)."
+        )
+    return config, _from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    name: str, config: PreTrainedConfig, dtype: str, attn_implementation: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model, every weight of it from the checkpoint. Raises InputError."""
+    model, loading = _from_pretrained(
+        AutoModelForSequenceClassification,
+        name,
+        config=config,
+        dtype=DTYPES[dtype],
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{name}: the checkpoint lacks {_shown(missing)}; transformers fills them with random numbers, so every "
+            "score would be chance. Is this a language model without a reward head, or has it a head of another kind "
+            "(--trust_remote_code, if it brings its own code and you trust it)?"
+        )
+    if loading["unexpected_keys"]:
+        print(
+            f"note: weights in {name} that this model does not use: {_shown(sorted(loading['unexpected_keys']))}",
+            file=sys.stderr,
+        )
+    return model
+
+
+def _from_pretrained(loader: type, name: str, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(name, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"{name}: cannot be loaded as a reward model: {error}") from error
+
+
+def _check_directory(name: str) -> None:
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            adapter = (path / "adapter_config.json").is_file()
+            remedy = (
+                "merge the LoRA adapter into its base first"
+                if adapter
+                else "give the directory the model was saved to"
+            )
+            raise InputError(f"{name}: the directory holds no config.json; {remedy}.")
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count(os.sep) > 1:
+        raise InputError(
+            f"{name}: no such directory. Train a reward model first (bash scripts/train_distilrm.sh), or give "
+            "--model; relative paths start at the current directory."
+        )
+
+
+def _shown(names: list[str], limit: int = 5) -> str:
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest

@@ -1,0 +1,257 @@
+"""Reward every response of a file of your own, and append the rewards as columns.
+
+    python -m RewardTrainer.eval.score_file --model output/distilrm --input answers.jsonl
+    python -m RewardTrainer.eval.score_file --model org/reward-model --input org/dataset:train --output rewarded.jsonl
+
+A row has a `prompt` (a string or chat messages) and responses, in any of these fields; beside each comes its reward:
+
+    response               -> reward
+    responses (a list)     -> rewards (a list, in its order)
+    chosen, rejected       -> chosen_reward, rejected_reward
+    teacher_response       -> teacher_response_reward
+
+or is a whole conversation, `messages` ending with the assistant's turn -> reward. Other fields pass through untouched,
+a row without an `id` gets one, rows keep their order. Reads JSONL, a JSON array or a hub dataset; `--columns
+ours=theirs,...` renames. Writes JSONL, by default `<input>.rewarded.jsonl`.
+
+A row that cannot be rewarded (no response, one that is empty or no text, refused by the chat template, malformed) goes
+to `<output>.failed.jsonl` with `reason` and `raw`, and is counted. Run the same command again after an interruption
+and it goes on where it was. `--overwrite` starts anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import ClassVar
+
+from tqdm import tqdm
+from trl import TrlParser
+
+from distiller.manifest import Manifest, hash_file, made_with, model_fingerprint
+from distiller.records import (
+    RAW_LIMIT,
+    BadRow,
+    InputError,
+    dump_line,
+    parse_columns,
+    prompt_messages,
+    read_rows,
+    response_text,
+    survey,
+)
+from distiller.store import Store
+from RewardTrainer.eval.engines import load_engine
+from RewardTrainer.eval.engines.base import Conversation, Encoded, Engine
+
+AT_ONCE = 256
+"""Rows read, rewarded and written at a time: what a kill costs at most."""
+SINGLE = {
+    "response": "reward",
+    "chosen": "chosen_reward",
+    "rejected": "rejected_reward",
+    "teacher_response": "teacher_response_reward",
+}
+"""Field with one response -> column of its reward."""
+
+
+@dataclass
+class ScoreFileArguments:
+    """Flags of `score_file`."""
+
+    model: str | None = field(default=None, metadata={"help": "Reward model: a directory, or a hub id."})
+    input: str | None = field(default=None, metadata={"help": "JSONL, JSON array, or hub dataset owner/name[:split]."})
+    output: str | None = field(default=None, metadata={"help": "JSONL file; default: <input>.rewarded.jsonl."})
+    columns: str | None = field(default=None, metadata={"help": "Our field names for the input's: ours=theirs,..."})
+    limit: int | None = field(default=None, metadata={"help": "Only the first rows; may grow from run to run."})
+    overwrite: bool = field(default=False, metadata={"help": "Begin anew where the output exists."})
+    engine: str = field(default="hf", metadata={"help": "hf (transformers) or vllm (its pooling runner)."})
+    adapter: str | None = field(default=None, metadata={"help": "Python file with load and score, for other models."})
+    max_length: int | None = field(default=None, metadata={"help": "Longest conversation in tokens."})
+    tokens_per_batch: int = field(default=16384, metadata={"help": "hf: rows x longest row of one batch."})
+    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, float16; auto: bfloat16 on GPU."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "hf: attention of transformers."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with the model."})
+    tensor_parallel_size: int = field(default=1, metadata={"help": "vllm: GPUs the model is spread over."})
+    gpu_memory_utilization: float = field(default=0.9, metadata={"help": "vllm: share of the GPU's memory to take."})
+
+    DECISIVE: ClassVar[tuple[str, ...]] = (
+        "model",
+        "columns",
+        "engine",
+        "adapter",
+        "max_length",
+        "dtype",
+        "attn_implementation",
+    )
+    ENGINE_FLAGS: ClassVar[tuple[str, ...]] = (
+        "engine",
+        "adapter",
+        "max_length",
+        "tokens_per_batch",
+        "dtype",
+        "attn_implementation",
+        "trust_remote_code",
+        "tensor_parallel_size",
+        "gpu_memory_utilization",
+    )
+
+
+def conversations(row: dict) -> dict[str, list[Conversation]]:
+    """{column of the reward: the conversations to reward}, from the fields that a row has.
+
+    Raises:
+        InputError: naming the field
+    """
+    found: dict[str, list[Conversation]] = {}
+    fields = [name for name in (*SINGLE, "responses") if row.get(name) is not None]
+    if row.get("messages") is not None:
+        found["reward"], fields = [_whole(row["messages"])], []
+    elif not fields:
+        raise InputError(f"no response: none of the fields {', '.join((*SINGLE, 'responses', 'messages'))}")
+    try:
+        prompt = prompt_messages(row.get("prompt")) if fields else []
+    except InputError as fault:
+        raise InputError(f"field `prompt` {fault}") from fault
+    for name in fields:
+        if name == "responses":
+            if not isinstance(row[name], list) or not row[name]:
+                raise InputError("field `responses` must be a list of responses")
+            found["rewards"] = [_answer(prompt, value, f"{name}[{i}]") for i, value in enumerate(row[name])]
+        else:
+            found[SINGLE[name]] = [_answer(prompt, row[name], name)]
+    taken = [column for column in found if column in row]
+    if taken:
+        raise InputError(f"field `{taken[0]}` is there already; rename it with --columns other_name={taken[0]}")
+    return found
+
+
+def _whole(messages: object) -> Conversation:
+    if not isinstance(messages, list) or len(messages) < 2 or not isinstance(messages[-1], dict):
+        raise InputError("field `messages` must be a list of at least two messages")
+    try:
+        prompt = prompt_messages(messages[:-1])
+    except InputError as fault:
+        raise InputError(f"field `messages` {fault}") from fault
+    if messages[-1].get("role") != "assistant":
+        raise InputError("field `messages` must end with a message of the assistant")
+    return _answer(prompt, [messages[-1]], "messages")
+
+
+def _answer(prompt: Conversation, response: object, name: str) -> Conversation:
+    try:
+        return [*prompt, {"role": "assistant", "content": response_text(response)}]
+    except InputError as fault:
+        raise InputError(f"field `{name}` {fault}") from fault
+
+
+def reward_rows(rows: list[dict], engine: Engine) -> Iterator[tuple[dict, dict | str, int]]:
+    """(row, its new columns or why it has none, conversations that were cut) for each row, in order."""
+    asked: list[tuple[dict, dict[str, list[Conversation]] | str]] = []
+    for row in rows:
+        try:
+            asked.append((row, conversations(row)))
+        except InputError as fault:
+            asked.append((row, str(fault)))
+    flat = [
+        [talk for part in parts.values() for talk in part] if isinstance(parts, dict) else [] for _, parts in asked
+    ]
+    encoded = engine.encode(flat)
+    usable: list[list[Encoded]] = [row if isinstance(row, list) else [] for row in encoded]
+    rewards: list[list[float]] = [[0.0] * len(row) for row in usable]
+    for row, number, reward in engine.score(usable):
+        rewards[row][number] = reward
+    for (row, parts), result, got in zip(asked, encoded, rewards, strict=True):
+        if isinstance(parts, str) or isinstance(result, InputError):
+            yield row, parts if isinstance(parts, str) else str(result), 0
+            continue
+        values = iter(got)
+        columns = {name: [next(values) for _ in part] for name, part in parts.items()}
+        single = {name: part if name == "rewards" else part[0] for name, part in columns.items()}
+        yield row, single, sum(part.truncated for part in result)
+
+
+def run(arguments: ScoreFileArguments) -> dict[str, int]:
+    """Reward the file. Returns counts: rows written, failed, and responses cut in this run.
+
+    Raises:
+        InputError: a request or input that cannot be used
+    """
+    for name in ("model", "input"):
+        if not getattr(arguments, name):
+            raise InputError(f"--{name} is needed")
+    output = arguments.output or default_output(arguments.input)
+    if Path(output).resolve() == Path(arguments.input).resolve():
+        raise InputError(f"--output {output} would write over the input")
+    rows = read_rows(arguments.input, parse_columns(arguments.columns), arguments.limit)
+    identity = {name: getattr(arguments, name) for name in arguments.DECISIVE}
+    identity |= {"model_files": model_fingerprint(arguments.model), "input": survey(arguments.input)[1]}
+    identity["adapter_file"] = hash_file(arguments.adapter) if arguments.adapter else None
+    iterator = iter(rows)
+    first = list(islice(iterator, AT_ONCE))  # a file that does not fit is refused before the model loads
+    engine = load_engine(arguments.model, **{name: getattr(arguments, name) for name in arguments.ENGINE_FLAGS})
+    store = Store(output, Manifest(identity, made_with()), overwrite=arguments.overwrite)
+    cut = 0
+    with tqdm(desc=output, unit="row", file=sys.stderr) as progress:
+        while first:
+            todo = [row for row in first if (row.id if isinstance(row, BadRow) else row["id"]) not in store]
+            cut += _reward_and_write(todo, engine, store)
+            progress.update(len(first))
+            first = list(islice(iterator, AT_ONCE))
+    counts = {"written": store.counts["done"], "failed": store.counts["failed"], "cut": cut}
+    reasons = store.reasons["failed"].most_common(5)
+    store.close()
+    print(f"{output}: {counts['written']} rows, {counts['failed']} failed", file=sys.stderr)
+    for reason, count in reasons:
+        print(f"  {count} times: {reason}", file=sys.stderr)
+    if cut:
+        print(f"{cut} conversations were too long and lost the left end of their prompt", file=sys.stderr)
+    return counts
+
+
+def _reward_and_write(rows: list[dict | BadRow], engine: Engine, store: Store) -> int:
+    """Rows, good or bad, into the store, in their order. Returns how many conversations were cut."""
+    good = reward_rows([row for row in rows if isinstance(row, dict)], engine)
+    cut = 0
+    for row in rows:
+        if isinstance(row, BadRow):
+            store.write("failed", {"id": row.id, "reason": str(row), "raw": row.raw})
+            continue
+        row, result, truncated = next(good)
+        cut += truncated
+        if isinstance(result, str):
+            raw = dump_line(row).decode("utf-8")[:RAW_LIMIT]
+            store.write("failed", {"id": row["id"], "reason": result, "raw": raw})
+        else:
+            store.write("done", {**row, **result})
+    return cut
+
+
+def default_output(source: str) -> str:
+    """`answers.jsonl` -> `answers.rewarded.jsonl`; a hub dataset goes to `name.rewarded.jsonl` here."""
+    path = Path(source)
+    if path.is_file():
+        return str(path.with_name(f"{path.stem}.rewarded.jsonl"))
+    return f"{path.name.partition(':')[0]}.rewarded.jsonl"
+
+
+def main() -> None:
+    parser = TrlParser(
+        ScoreFileArguments,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    (arguments,) = parser.parse_args_and_config()
+    try:
+        run(arguments)
+    except InputError as fault:
+        sys.exit(f"error: {fault}")
+
+
+if __name__ == "__main__":
+    main()

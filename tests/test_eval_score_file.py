@@ -1,0 +1,133 @@
+"""`score_file`: every response of the user's own file gets a reward beside it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from eval_fixtures import build_model, build_tokenizer, save_reward_model, write_jsonl
+
+from distiller.records import InputError
+from RewardTrainer.eval.engines.hf import Scorer
+from RewardTrainer.eval.score_file import ScoreFileArguments, conversations, default_output, run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_reward_model(tmp_path_factory.mktemp("score_file") / "rm")
+
+
+def rewards(prompt: str, answers: list[str]) -> list[float]:
+    tokenizer = build_tokenizer()
+    scorer = Scorer(build_model(tokenizer), tokenizer)
+    row = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for answer in answers]
+    return [reward for _, _, reward in sorted(scorer.score(scorer.encode([row])))]
+
+
+def read(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_form_of_response_gets_its_column_and_other_fields_stay(model, tmp_path):
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "tin"}]
+    rows = [
+        {"id": "a", "prompt": "q", "response": "tin", "note": {"kept": [1, None]}},
+        {"id": "b", "prompt": "q", "chosen": "tin", "rejected": [{"role": "assistant", "content": "red"}]},
+        {"id": "c", "prompt": talk[:1], "responses": ["red", "tin", "tin red"]},
+        {"id": "d", "messages": talk},
+        {"id": "e", "prompt": "q", "teacher_response": "red", "response": "tin"},
+    ]
+    path = write_jsonl(tmp_path / "mine.jsonl", rows)
+    assert run(ScoreFileArguments(model=str(model), input=str(path))) == {"written": 5, "failed": 0, "cut": 0}
+    tin, red, both = rewards("q", ["tin", "red", "tin red"])
+    assert len({tin, red, both}) == 3
+    expected = [
+        {"reward": tin},
+        {"chosen_reward": tin, "rejected_reward": red},
+        {"rewards": [red, tin, both]},
+        {"reward": tin},
+        {"teacher_response_reward": red, "reward": tin},
+    ]
+    written = read(tmp_path / "mine.rewarded.jsonl")
+    assert [{k: v for k, v in row.items() if k not in new} for row, new in zip(written, expected, strict=True)] == rows
+    for row, new in zip(written, expected, strict=True):
+        assert {name: row[name] for name in new} == {
+            name: pytest.approx(value, abs=1e-5) for name, value in new.items()
+        }
+
+
+def test_rows_that_cannot_be_rewarded_are_kept_apart_with_their_reason_and_the_rest_is_in_order(model, tmp_path):
+    hostile = [
+        {"id": "0", "prompt": "q", "response": ""},
+        {"id": "1", "prompt": "q"},
+        {"id": "2", "prompt": None, "response": "tin"},
+        {"id": "3", "prompt": "q", "responses": ["tin", None]},
+        {"id": "4", "prompt": "q", "response": 5},
+        {"id": "5", "messages": [{"role": "user", "content": "q"}]},
+        {"id": "6", "prompt": "q", "response": "tin", "reward": 1.0},
+        "{broken",
+        {"id": "good0", "prompt": "q", "response": "again"},
+    ]
+    rows = [
+        item for n, bad in enumerate(hostile) for item in ({"id": f"good{n}", "prompt": "q", "response": "x"}, bad)
+    ]
+    path, output = write_jsonl(tmp_path / "mine.jsonl", rows), tmp_path / "out.jsonl"
+    counts = run(ScoreFileArguments(model=str(model), input=str(path), output=str(output)))
+    assert counts == {"written": 9, "failed": 9, "cut": 0}
+    assert [row["id"] for row in read(output)] == [f"good{n}" for n in range(9)]
+    failed = {row["id"]: row["reason"] for row in read(tmp_path / "out.jsonl.failed.jsonl")}
+    for name, words in {
+        "0": "`response` is empty",
+        "1": "no response",
+        "2": "`prompt`",
+        "3": "`responses[1]`",
+        "4": "`response` must be",
+        "5": "`messages`",
+        "6": "`reward` is there already",
+        "line-16": "line 16: not valid JSON",
+        "good0#18": "line 18: this id",
+    }.items():
+        assert words in failed[name]
+
+
+def test_a_response_of_50000_characters_is_rewarded_and_counted_as_cut(model, tmp_path):
+    path = write_jsonl(tmp_path / "mine.jsonl", [{"prompt": "q", "response": "tin \x00" * 10_000}])
+    assert run(ScoreFileArguments(model=str(model), input=str(path))) == {"written": 1, "failed": 0, "cut": 1}
+
+
+def test_it_goes_on_where_it_was_and_refuses_to_mix_models(model, tmp_path):
+    path = write_jsonl(
+        tmp_path / "mine.jsonl", [{"id": str(n), "prompt": "q", "response": "x" * n} for n in range(1, 9)]
+    )
+    given = {"model": str(model), "input": str(path), "output": str(tmp_path / "out.jsonl")}
+    run(ScoreFileArguments(**given, limit=3))
+    assert len(read(tmp_path / "out.jsonl")) == 3
+    first = (tmp_path / "out.jsonl").read_text()
+    run(ScoreFileArguments(**given))
+    whole = (tmp_path / "out.jsonl").read_text()
+    assert whole.startswith(first) and [row["id"] for row in read(tmp_path / "out.jsonl")] == [*"12345678"]
+    other = save_reward_model(tmp_path / "other", seed=3)
+    with pytest.raises(InputError, match="begun with other settings"):
+        run(ScoreFileArguments(**{**given, "model": str(other)}))
+    run(ScoreFileArguments(**{**given, "model": str(other)}, overwrite=True))
+    assert len(read(tmp_path / "out.jsonl")) == 8 and (tmp_path / "out.jsonl").read_text() != whole
+
+
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "RewardTrainer.eval.score_file", "--model", "../nothing", "--input"]
+    done = subprocess.run([*command, str(tmp_path / "no.jsonl")], capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, f"error: {tmp_path / 'no.jsonl'} does not exist")
+
+
+@pytest.mark.parametrize(
+    "messages", [[], "text", [{"role": "assistant", "content": "x"}], [{"role": "user", "content": "x"}, 5]]
+)
+def test_messages_of_another_form_are_refused(messages):
+    with pytest.raises(InputError, match="`messages`"):
+        conversations({"messages": messages})
+
+
+def test_the_default_output_lies_beside_the_input(tmp_path):
+    path = write_jsonl(tmp_path / "a.b.json", [])
+    assert default_output(str(path)) == str(tmp_path / "a.b.rewarded.jsonl")
+    assert default_output("org/data:train") == "data.rewarded.jsonl"
