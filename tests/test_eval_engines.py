@@ -63,7 +63,7 @@ def test_two_functions_make_any_model_a_reward_model(tmp_path, adapter, capsys):
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     (evaluation,) = run(arguments(tmp_path, adapter))
     assert scores_of(tmp_path / "out") == expected(rows)
-    assert evaluation.counts["truncated"] == 0
+    assert evaluation.counts["truncated"] is None  # whether it cuts is the adapter's own affair
     assert "my_model.py will run on this machine" in capsys.readouterr().err
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,7 @@ class Evaluation:
     """95 % bootstrap intervals of the same; see `confidence.intervals`."""
     counts: dict
     """rows, scored, counted, skipped, skipped_rows (messages), responses, empty_responses, truncated, responses_cut,
-    pairs, tied_pairs, short_subsets."""
+    pairs, tied_pairs, short_subsets. The two on truncation are None where the engine does not say."""
 
 
 def evaluation_of(benchmark: Benchmark, items: list[Item], scores: list[list[float]], counts: dict) -> Evaluation:
@@ -131,8 +131,8 @@ def make_evaluation(benchmark: Benchmark, done: Finished) -> Evaluation:
         "skipped_rows": skipped,
         "responses": len(flat),
         "empty_responses": sum(not response.strip() for item in items for response in item.responses),
-        "truncated": sum(scored.truncated for scored in flat),
-        "responses_cut": sum(scored.response_cut for scored in flat),
+        "truncated": _count(scored.truncated for scored in flat),
+        "responses_cut": _count(scored.response_cut for scored in flat),
         "pairs": len(gaps),
         "tied_pairs": sum(gap == 0 for gap in gaps),
         "short_subsets": benchmark.short_subsets(items),
@@ -143,6 +143,12 @@ def make_evaluation(benchmark: Benchmark, done: Finished) -> Evaluation:
 def evaluate(benchmark: Benchmark, engine: Engine) -> Evaluation:
     """Score a benchmark in memory. Raises InputError as the two functions it is made of."""
     return make_evaluation(benchmark, score_benchmark(benchmark, engine))
+
+
+def _count(flags: Iterable[bool | None]) -> int | None:
+    """How many; None where one of them is not known."""
+    known = list(flags)
+    return None if None in known else sum(known)
 
 
 def _answer(response: str) -> dict[str, str]:

@@ -120,7 +120,8 @@ def _dot(
     title: str = "",
 ) -> str:
     place = f'cx="{_place(x, x_range):.1f}" cy="{_height(y, y_range):.1f}" r="{radius}"'
-    return f'<circle {place} fill="{CHOSEN}" fill-opacity="{opacity}"><title>{escape(title)}</title></circle>'
+    tip = f"<title>{escape(title)}</title>" if title else ""
+    return f'<circle {place} fill="{CHOSEN}" fill-opacity="{opacity}">{tip}</circle>'
 
 
 def _place(x: float, x_range: tuple[float, float]) -> float:

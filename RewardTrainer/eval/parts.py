@@ -25,8 +25,8 @@ class Scored:
     """A rewarded response."""
 
     score: float
-    truncated: bool
-    response_cut: bool
+    truncated: bool | None
+    response_cut: bool | None
 
 
 @dataclass

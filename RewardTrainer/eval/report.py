@@ -21,6 +21,8 @@ PAGE = Path(__file__).parent / "page"
 MISTAKES = 5
 LONGEST_TEXT = 3000
 """Characters of a text that the page shows."""
+MOST_POINTS = 3000
+"""Points of a scatter plot."""
 
 
 @dataclass(frozen=True)
@@ -200,9 +202,12 @@ def _figures(evaluation: Evaluation) -> str:
     margins = [item.margin for item in evaluation.items for _ in item.pairs()]
     with_margin = [(margin, gap) for margin, gap in zip(margins, gaps, strict=True) if margin is not None]
     if with_margin:
-        figures.append((scatter(with_margin, "margin", "reward gap"), "Reward gap of a pair against its margin."))
-    drawn = "\n".join(f"<figure>{svg}<figcaption>{escape(text)}</figcaption></figure>" for svg, text in figures)
-    return f'<div class="figures">\n{drawn}\n</div>'
+        step = -(-len(with_margin) // MOST_POINTS)  # rounded up
+        drawn = with_margin[::step]
+        text = f"Reward gap of a pair against its margin ({len(drawn)} of {len(with_margin)} pairs)."
+        figures.append((scatter(drawn, "margin", "reward gap"), text))
+    page = "\n".join(f"<figure>{svg}<figcaption>{escape(text)}</figcaption></figure>" for svg, text in figures)
+    return f'<div class="figures">\n{page}\n</div>'
 
 
 def _mistakes(evaluation: Evaluation) -> str:

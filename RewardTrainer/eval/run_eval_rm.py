@@ -37,7 +37,7 @@ from distiller.arguments import parse_stage_args
 from distiller.manifest import hash_file, made_with, model_fingerprint
 from distiller.records import InputError
 from RewardTrainer.eval.base import Benchmark
-from RewardTrainer.eval.benchmarks import load_benchmark
+from RewardTrainer.eval.benchmarks import BENCHMARKS, load_benchmark
 from RewardTrainer.eval.compare import run_comparison
 from RewardTrainer.eval.engines import load_engine
 from RewardTrainer.eval.evaluation import (
@@ -167,7 +167,7 @@ def _benchmarks(arguments: EvalArguments) -> list[Benchmark]:
     if not names or len(set(names)) < len(names):
         raise InputError(f"--benchmarks {arguments.benchmarks}: one or more different names expected")
     data_dir = Path(arguments.data_dir) if arguments.data_dir else None
-    if data_dir is not None and not data_dir.is_dir():
+    if data_dir is not None and not data_dir.is_dir() and any(name in BENCHMARKS for name in names):
         raise InputError(f"--data_dir {data_dir}: no such directory")
     return [load_benchmark(name, data_dir) for name in names]
 

@@ -172,7 +172,7 @@ def reward_rows(rows: list[dict], engine: Engine) -> Iterator[tuple[dict, dict |
         values = iter(got)
         columns = {name: [next(values) for _ in part] for name, part in parts.items()}
         single = {name: part if name == "rewards" else part[0] for name, part in columns.items()}
-        yield row, single, sum(part.truncated for part in result)
+        yield row, single, sum(bool(part.truncated) for part in result)
 
 
 def run(arguments: ScoreFileArguments) -> dict[str, int]:

@@ -43,11 +43,13 @@ class AdapterScorer:
         self._loaded = functions["load"](model, device)
 
     def encode(self, rows: Sequence[Sequence[Conversation]]) -> list[list[Encoded] | InputError]:
-        """See `Engine.encode`; sizes are characters."""
-        return [
-            [Encoded(sum(len(m["content"]) for m in messages), messages=tuple(messages)) for messages in row]
-            for row in rows
-        ]
+        """See `Engine.encode`; sizes are characters, and whether anything is cut is the adapter's own affair."""
+        return [[self._as_is(messages) for messages in row] for row in rows]
+
+    @staticmethod
+    def _as_is(messages: Conversation) -> Encoded:
+        size = sum(len(message["content"]) for message in messages)
+        return Encoded(size, messages=tuple(messages), truncated=None, response_cut=None)
 
     def score(self, rows: Sequence[Sequence[Encoded]]) -> Iterator[tuple[int, int, float]]:
         """See `Engine.score`."""

@@ -22,9 +22,9 @@ class Encoded:
     """Token ids, no padding; empty where the engine takes messages."""
     messages: tuple[dict[str, str], ...] = ()
     """The messages, where the engine takes those."""
-    truncated: bool = False
-    """The left end was cut off to fit `max_length`."""
-    response_cut: bool = False
+    truncated: bool | None = False
+    """The left end was cut off to fit `max_length`; None where the engine does not say."""
+    response_cut: bool | None = False
     """The response alone is longer than `max_length`, so the cut also took its beginning."""
 
 
