@@ -67,7 +67,8 @@ def bar_chart(bars: Sequence[tuple[str, float | None, int]], x_label: str, y_lab
             marks.append(_bar(LEFT + (index + 0.15) * width, 0.7 * width, share, CHOSEN, 0.55))
             top = _height(share, (0, 1)) - 3
             marks.append(f'<text x="{middle:.1f}" y="{top:.1f}" text-anchor="middle">{share:.2f}</text>')
-        marks.append(f'<text x="{middle:.1f}" y="{FLOOR + 12}" text-anchor="middle">{escape(label)} ({count})</text>')
+        for y, text in ((FLOOR - 5, f"n = {count}"), (FLOOR + 12, label)):
+            marks.append(f'<text x="{middle:.1f}" y="{y}" text-anchor="middle">{escape(text)}</text>')
     half = _height(0.5, (0, 1))
     marks.append(f'<path d="M{LEFT} {half:.1f}H{WIDTH}" stroke="#888" stroke-dasharray="4 3"/>')
     return _plot(f"{y_label} by {x_label}", "".join(marks), None, (0, 1), x_label, y_label)

@@ -109,28 +109,20 @@ def _averages_table(found: Sequence[tuple[str, Evaluation]]) -> str:
 
 
 def _subsets_table(found: Sequence[tuple[str, Evaluation]]) -> str:
+    """Accuracy by subset: of one model with the metric's further columns, of several in a column each."""
     subsets = list(dict.fromkeys(subset for _, e in found for subset in e.summary["subsets"]))
     single = len(found) == 1
-    header = ["Subset"]
-    for model, evaluation in found:
-        further = [column for column in _columns_of(evaluation) if column != "accuracy"] if single else []
-        header += ["Accuracy" if single else model, *map(title, further), *(["n"] if single else [f"n, {model}"])]
+    further = [column for column in found[0][1].benchmark.by_scores.columns if column != "accuracy"] if single else []
     rows = []
     for subset in subsets:
-        row = [_text(subset)]
-        for _, evaluation in found:
-            cell = evaluation.summary["subsets"].get(subset, {})
-            row.append(_estimate(cell.get("accuracy"), evaluation.intervals["subsets"].get(subset)))
-            if single:
-                further = [column for column in _columns_of(evaluation) if column != "accuracy"]
-                row += [_estimate(cell.get(column), None) for column in further]
-            row.append((str(cell.get("n", 0)), cell.get("n", 0)))
-        rows.append(row)
-    return _table(header, rows)
-
-
-def _columns_of(evaluation: Evaluation) -> list[str]:
-    return list(evaluation.benchmark.by_scores.columns)
+        cells = [evaluation.summary["subsets"].get(subset, {}) for _, evaluation in found]
+        spans = [evaluation.intervals["subsets"].get(subset) for _, evaluation in found]
+        accuracies = [_estimate(cell.get("accuracy"), span) for cell, span in zip(cells, spans, strict=True)]
+        sizes = list(dict.fromkeys(cell.get("n", 0) for cell in cells))  # one, unless models lost different rows
+        others = [_estimate(cells[0].get(column), None) for column in further]
+        rows.append([_text(subset), *accuracies, *others, (", ".join(map(str, sizes)), sizes[0])])
+    names = ["Accuracy"] if single else [model for model, _ in found]
+    return _table(["Subset", *names, *map(title, further), "n"], rows)
 
 
 def _comparison_table(comparisons: Sequence[Comparison]) -> str:
