@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from eval_fixtures import pair, save_reward_model, write_jsonl
+from eval_fixtures import pair, write_jsonl
 
 from distiller.records import InputError
+from distiller.store import LineFile
 from RewardTrainer.eval.engines import load_engine
 from RewardTrainer.eval.run_eval_rm import EvalArguments, run
 
@@ -137,11 +140,14 @@ def test_a_killed_evaluation_goes_on_without_asking_twice(tmp_path, adapter):
     rows = [pair(n, chosen=f"chosen {n}", rejected=f"rejected {n}") for n in range(64)]
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     flags = ["--model", "mine", "--adapter", adapter, "--num_processes", 1]
-    first = eval_rm(tmp_path, *flags, NAP="1")
+    first = eval_rm(tmp_path, *flags, NAP="2")
     part = tmp_path / "out" / "parts" / "scores-0.jsonl"
     deadline = time.monotonic() + PATIENCE
     while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
+    for overwrite in (False, True):  # two at once would mix their scores
+        with pytest.raises(InputError, match="another command is writing"):
+            run(arguments(tmp_path, adapter, num_processes=1, overwrite=overwrite))
     first.send_signal(signal.SIGKILL)
     first.communicate()
     kept = part.read_text().splitlines()
@@ -161,19 +167,53 @@ def test_a_killed_evaluation_goes_on_without_asking_twice(tmp_path, adapter):
     assert not part.parent.exists()
 
 
-def test_an_unfinished_evaluation_is_not_mixed_with_another_one(tmp_path, adapter, monkeypatch):
-    write_jsonl(tmp_path / "pairs.jsonl", [pair(n) for n in range(3)])
-    save_reward_model(tmp_path / "rm")
+def test_processes_end_when_the_command_that_started_them_is_killed(tmp_path, adapter):
+    write_jsonl(tmp_path / "pairs.jsonl", [pair(n) for n in range(4)])
+    first = eval_rm(tmp_path, "--model", "mine", "--adapter", adapter, "--num_processes", 2, NAP="120")
+    locks = [tmp_path / "out" / "parts" / f"lock-{number}" for number in (0, 1)]
+    until(lambda: all(map(is_held, locks)), PATIENCE)
+    first.send_signal(signal.SIGKILL)
+    until(lambda: not any(map(is_held, locks)), 60)  # they would sleep for 120 s, and then end
+    first.communicate()
+    (evaluation,) = run(arguments(tmp_path, adapter, num_processes=1))
+    assert evaluation.counts["scored"] == 4
+
+
+def until(happens: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_held(lock: Path) -> bool:
+    if not lock.exists():
+        return False
+    with closing(LineFile(lock)) as file:
+        try:
+            file.lock()
+        except InputError:
+            return True
+    return False
+
+
+def test_an_unfinished_evaluation_is_not_mixed_with_another_one(tmp_path, adapter):
+    write_jsonl(tmp_path / "pairs.jsonl", [pair(n) for n in range(20)])
     broken = adapter.with_name("broken.py")
     broken.write_text(ADAPTER.replace("return [float", "return [None and float"))
+    with pytest.raises(TypeError):
+        run(arguments(tmp_path, broken))
+    (evaluation,) = run(arguments(tmp_path, adapter))  # nothing was scored, so nothing is mixed
+    assert evaluation.counts["scored"] == 20
+    broken.write_text(ADAPTER.replace("return [float", "return [len(conversations) == 32 or None and float"))
     with pytest.raises(TypeError):
         run(arguments(tmp_path, broken))
     with pytest.raises(InputError, match="unfinished evaluation with other settings(.|\n)*adapter(.|\n)*--overwrite"):
         run(arguments(tmp_path, adapter))
     (evaluation,) = run(arguments(tmp_path, adapter, overwrite=True))
-    assert evaluation.counts["scored"] == 3
+    assert evaluation.counts["scored"] == 20
     with pytest.raises(TypeError):
         run(arguments(tmp_path, broken))
-    write_jsonl(tmp_path / "pairs.jsonl", [pair(n) for n in range(4)])
+    write_jsonl(tmp_path / "pairs.jsonl", [pair(n) for n in range(21)])
     with pytest.raises(InputError, match="rows.*before"):
         run(arguments(tmp_path, broken))

@@ -33,8 +33,9 @@ def load_run(directory: Path, data_dir: Path | None) -> Run:
     path = directory / "results.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        model, names, counts = results["model"], list(results["benchmarks"]), results["counts"]
-        given = results["settings"]["data_dir"]
+        model, names, given = results["model"], list(results["benchmarks"]), results["settings"]["data_dir"]
+        counts = {name: results["counts"][name] for name in names}
+        skipped = {name: counts[name]["skipped"] for name in names}
     except OSError as fault:
         raise InputError(
             f"{path}: cannot be read ({fault.strerror}); give output directories of eval_rm.sh"
@@ -46,7 +47,7 @@ def load_run(directory: Path, data_dir: Path | None) -> Run:
     for name in names:
         benchmark = load_benchmark(name, data_dir)
         stored = read_scores(directory / "scores.jsonl", name, benchmark.items)
-        refused = counts[name]["skipped"] - len(benchmark.skipped)
+        refused = skipped[name] - len(benchmark.skipped)
         if stored.unknown or len(stored.missing) != refused:
             raise InputError(
                 f"{directory / 'scores.jsonl'}: {len(stored.missing)} rows of {name} have no scores there and "

@@ -18,6 +18,8 @@ Interval = tuple[float, float]
 REPLICATES = 1000
 PERMUTATIONS = 5000
 LEVEL = 0.95
+MOST_DRAWN = 1 << 22
+"""Random numbers held at a time: 32 MB, however many rows a benchmark has."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,7 @@ def intervals(metric: Metric, items: Sequence[Item], values: np.ndarray, seed: i
     """
     units = units_by_subset(items, values)
     draw = np.random.default_rng(seed)
-    means = {}
-    for subset, part in units.items():
-        counts = draw.multinomial(len(part.sizes), np.full(len(part.sizes), 1 / len(part.sizes)), size=REPLICATES)
-        means[subset] = (counts @ part.sums) / (counts @ part.sizes)[:, None]  # (replicates, columns)
+    means = {subset: _resampled_means(draw, part.sums, part.sizes) for subset, part in units.items()}
     averages, overall = _combined(metric, units, means)
     return {
         "subsets": {subset: _interval(part[:, 0]) for subset, part in means.items()},
@@ -114,14 +113,15 @@ def paired(
     resampled: list[dict[str, np.ndarray]] = [{}, {}]
     exchanged: list[dict[str, np.ndarray]] = [{}, {}]
     for subset, part in a.items():
-        total = len(part.sizes)
-        counts = draw.multinomial(total, np.full(total, 1 / total), size=REPLICATES)
-        swap = draw.integers(0, 2, size=(PERMUTATIONS, total))
+        both_means = _resampled_means(draw, np.hstack([part.sums, b[subset].sums]), part.sizes)
+        resampled[0][subset], resampled[1][subset] = np.hsplit(both_means, 2)
         gain = b[subset].sums - part.sums  # (units, columns)
+        moved = np.concatenate(
+            [draw.integers(0, 2, size=(count, len(gain))) @ gain for count in _blocks(PERMUTATIONS, len(gain))]
+        )  # (permutations, columns)
         rows = part.sizes.sum()
         for side, own, sign in ((0, part, 1), (1, b[subset], -1)):
-            resampled[side][subset] = (counts @ own.sums) / (counts @ own.sizes)[:, None]
-            exchanged[side][subset] = (own.sums.sum(axis=0) + sign * (swap @ gain)) / rows
+            exchanged[side][subset] = (own.sums.sum(axis=0) + sign * moved) / rows
     boot = _combined(metric, b, resampled[1])[1] - _combined(metric, a, resampled[0])[1]
     permuted = _combined(metric, b, exchanged[1])[1] - _combined(metric, a, exchanged[0])[1]
     extreme = int((np.abs(permuted) >= abs(difference) - 1e-12).sum())
@@ -132,6 +132,22 @@ def paired(
         interval=_interval(boot),
         p_value=(1 + extreme) / (1 + PERMUTATIONS),
     )
+
+
+def _resampled_means(draw: np.random.Generator, sums: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Means over rows of as many units as there are, drawn with replacement, (replicates, columns)."""
+    even = np.full(len(sizes), 1 / len(sizes))
+    means = []
+    for count in _blocks(REPLICATES, len(sizes)):
+        times = draw.multinomial(len(sizes), even, size=count)  # (count, units)
+        means.append((times @ sums) / (times @ sizes)[:, None])
+    return np.concatenate(means)
+
+
+def _blocks(total: int, width: int) -> list[int]:
+    """`total` split into parts, each of which times `width` stays under `MOST_DRAWN` (or is 1)."""
+    size = max(1, MOST_DRAWN // width)
+    return [min(size, total - start) for start in range(0, total, size)]
 
 
 def _plain_mean(part: Units) -> np.ndarray:

@@ -14,6 +14,8 @@ from distiller.records import InputError
 
 SHARD = "EVAL_SHARD"
 """Environment variable that tells a child `number/processes`."""
+PARENT = "EVAL_PARENT"
+"""Environment variable that tells a child the process id of the command that started it."""
 
 
 def shard_of_this_process() -> tuple[int, int] | None:
@@ -27,8 +29,8 @@ def shard_of_this_process() -> tuple[int, int] | None:
 
 def end_with_parent() -> None:
     """End this child when the command that started it is gone, killed even: nobody would take up what it scores, and
-    its lock would keep the same command from going on."""
-    parent = os.getppid()
+    its lock would keep the same command from going on. To be called first, before a model is loaded."""
+    parent = int(os.environ[PARENT])
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -68,17 +70,17 @@ def run_processes(module: str, arguments: object, processes: int, gpus_each: int
     if gpus and processes * gpus_each > gpus:
         raise InputError(f"{processes} processes of {gpus_each} GPUs each, and {gpus} GPUs are there")
     threads = str(max(1, (os.cpu_count() or 1) // processes))
-    children = []
-    for number in range(processes):
-        environment = os.environ | {SHARD: f"{number}/{processes}"}
-        if gpus:
-            mine = visible[number * gpus_each : (number + 1) * gpus_each]
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
-        else:
-            environment.setdefault("OMP_NUM_THREADS", threads)
-        command = [sys.executable, "-m", module, *command_line(arguments)]
-        children.append(subprocess.Popen(command, env=environment))
+    command = [sys.executable, "-m", module, *command_line(arguments)]
+    children: list[subprocess.Popen] = []
     try:
+        for number in range(processes):
+            environment = os.environ | {SHARD: f"{number}/{processes}", PARENT: str(os.getpid())}
+            if gpus:
+                mine = visible[number * gpus_each : (number + 1) * gpus_each]
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+            else:
+                environment.setdefault("OMP_NUM_THREADS", threads)
+            children.append(subprocess.Popen(command, env=environment))
         while any(child.poll() is None for child in children):
             if any(child.returncode for child in children):
                 break

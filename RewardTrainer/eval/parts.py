@@ -2,8 +2,8 @@
 
 While an evaluation runs, `<output_dir>/parts/` holds `run.json`, which says what decides the scores, and a JSONL file
 for each process, one line a response (or a row left out). The same command goes on with what is there, whatever the
-number of processes; another one (model, rows, template, length, precision) is refused with the difference. When the
-results are written the directory is removed.
+number of processes; another one (model, rows, template, length, precision) is refused with the difference, and so is
+a second command while the first one runs. When the results are written the directory is removed.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Parts:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._file: LineFile | None = None
+        self._locks: list[LineFile] = []
 
     def begin(self, identity: dict, overwrite: bool) -> None:
         """Take up what is there, or begin anew.
@@ -54,32 +55,38 @@ class Parts:
             overwrite: forget what is there
 
         Raises:
-            InputError: what is there belongs to an evaluation whose scores would differ
+            InputError: what is there belongs to an evaluation whose scores would differ, or another command is at it
         """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock("lock")
         if overwrite:
-            self.remove()
+            for path in [self.directory / "run.json", *self._files()]:
+                path.unlink(missing_ok=True)
         manifest = Manifest.load(self.directory / "run.json")
         changed = differences(manifest.identity, identity) if manifest else []
-        if changed:
+        if changed and any(self._lines()):
             raise InputError(
                 f"{self.directory} holds an unfinished evaluation with other settings:\n  "
                 + "\n  ".join(changed)
                 + "\nGo on with those settings, name another --output_dir, or use --overwrite to start anew."
             )
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if manifest is None:
-            Manifest(identity).save(self.directory / "run.json")
+        Manifest(identity).save(self.directory / "run.json")
 
     def open(self, shard: int) -> None:
         """Write to this process's file from now on. Raises InputError where another process does."""
+        self._lock(f"lock-{shard}")
         self._file = LineFile(self.directory / f"scores-{shard}.jsonl")
-        self._file.lock()
         self._file.cut_torn_line()
 
+    def _lock(self, name: str) -> None:
+        """Hold a file that is never read: reading the scores and closing them would let go of a lock on them."""
+        self._locks.append(LineFile(self.directory / name))
+        self._locks[-1].lock()
+
     def close(self) -> None:
-        if self._file:
-            self._file.close()
-            self._file = None
+        for file in [*self._locks, *([self._file] if self._file else [])]:
+            file.close()
+        self._file, self._locks = None, []
 
     def add(self, benchmark: str, key: tuple[str, str], response: int, scored: Scored) -> None:
         line = {"benchmark": benchmark, "subset": key[0], "id": key[1], "response": response, "score": scored.score}
@@ -103,11 +110,20 @@ class Parts:
         return done
 
     def _lines(self) -> Iterator[dict]:
-        for path in sorted(self.directory.glob("scores-*.jsonl")):
+        for path in self._files():
             with path.open("rb") as file:
-                for line in file:
-                    if line.endswith(b"\n"):  # a torn line is a response that is not done
+                for number, line in enumerate(file, 1):
+                    if not line.endswith(b"\n"):  # torn: a response that is not done
+                        continue
+                    try:
                         yield json.loads(line)
+                    except ValueError as fault:
+                        raise InputError(
+                            f"{path}, line {number}: damaged ({fault}); use --overwrite to start anew"
+                        ) from fault
+
+    def _files(self) -> list[Path]:
+        return sorted(self.directory.glob("scores-*.jsonl"))
 
     def remove(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -29,6 +29,7 @@ import hashlib
 import json
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -122,44 +123,50 @@ def default_output_dir(model: str) -> Path:
 
 
 def run(arguments: EvalArguments) -> list[Evaluation]:
-    """Evaluate and write the three files. In a child process: only score its share of the rows, and return [].
+    """Evaluate and write the files. In a child process: only score its share of the rows, and return [].
 
     Raises:
         InputError: a request or input that cannot be used
     """
+    shard = shard_of_this_process()
+    if shard:
+        end_with_parent()
     benchmarks = _benchmarks(arguments)  # before the model: a typo shows at once
     output_dir = Path(arguments.output_dir) if arguments.output_dir else default_output_dir(arguments.model)
-    parts = Parts(output_dir / "parts")
-    shard = shard_of_this_process()
-    gpus_each = arguments.tensor_parallel_size if arguments.engine == "vllm" else 1
-    processes = 1 if shard else count_processes(arguments.num_processes, gpus_each)
-    if processes > 1:
-        parts.begin(_identity(arguments, benchmarks), arguments.overwrite)
-        run_processes("RewardTrainer.eval.run_eval_rm", arguments, processes, gpus_each)
-    else:
-        engine = load_engine(arguments.model, **{name: getattr(arguments, name) for name in arguments.ENGINE_FLAGS})
-        if not shard:
-            parts.begin(_identity(arguments, benchmarks), arguments.overwrite)
-        else:
-            end_with_parent()
-        number, of = shard or (0, 1)
-        parts.open(number)
-        for benchmark in benchmarks:
-            start = time.monotonic()
-            score_benchmark(benchmark, engine, parts, (number, of), bar=number == 0)
-            if not shard:
-                print(f"{benchmark.name}: {time.monotonic() - start:.1f} s", file=sys.stderr)
-        parts.close()
+    with closing(Parts(output_dir / "parts")) as parts:
         if shard:
+            _score_share(arguments, benchmarks, parts, shard)
             return []
-
-    evaluations = [make_evaluation(benchmark, parts.finished(benchmark.name)) for benchmark in benchmarks]
-    for evaluation in evaluations:
-        _report_counts(evaluation, f"{arguments.max_length} tokens" if arguments.max_length else "the model takes")
-    write_outputs(output_dir, arguments.model, evaluations, _settings(arguments))
-    parts.remove()
+        gpus_each = arguments.tensor_parallel_size if arguments.engine == "vllm" else 1
+        processes = count_processes(arguments.num_processes, gpus_each)
+        if processes > 1:
+            parts.begin(_identity(arguments, benchmarks), arguments.overwrite)
+            run_processes("RewardTrainer.eval.run_eval_rm", arguments, processes, gpus_each)
+        else:
+            _score_share(arguments, benchmarks, parts)
+        evaluations = [make_evaluation(benchmark, parts.finished(benchmark.name)) for benchmark in benchmarks]
+        for evaluation in evaluations:
+            _report_counts(evaluation, f"{arguments.max_length} tokens" if arguments.max_length else "the model takes")
+        write_outputs(output_dir, arguments.model, evaluations, _settings(arguments))
+        parts.remove()
     print(f"written: {output_dir}/results.json, results.md, scores.jsonl, report.html\n", file=sys.stderr)
     return evaluations
+
+
+def _score_share(
+    arguments: EvalArguments, benchmarks: list[Benchmark], parts: Parts, shard: tuple[int, int] | None = None
+) -> None:
+    """Load the model and score all rows, or in a child those of its shard."""
+    engine = load_engine(arguments.model, **{name: getattr(arguments, name) for name in arguments.ENGINE_FLAGS})
+    if not shard:
+        parts.begin(_identity(arguments, benchmarks), arguments.overwrite)
+    number, processes = shard or (0, 1)
+    parts.open(number)
+    for benchmark in benchmarks:
+        start = time.monotonic()
+        score_benchmark(benchmark, engine, parts, (number, processes), bar=number == 0)
+        if not shard:
+            print(f"{benchmark.name}: {time.monotonic() - start:.1f} s", file=sys.stderr)
 
 
 def _benchmarks(arguments: EvalArguments) -> list[Benchmark]:

@@ -162,14 +162,12 @@ def reward_rows(rows: list[dict], engine: Engine) -> Iterator[tuple[dict, dict |
     ]
     encoded = engine.encode(flat)
     usable: list[list[Encoded]] = [row if isinstance(row, list) else [] for row in encoded]
-    rewards: list[list[float]] = [[0.0] * len(row) for row in usable]
-    for row, number, reward in engine.score(usable):
-        rewards[row][number] = reward
-    for (row, parts), result, got in zip(asked, encoded, rewards, strict=True):
+    rewards = {(row, number): reward for row, number, reward in engine.score(usable)}
+    for index, ((row, parts), result) in enumerate(zip(asked, encoded, strict=True)):
         if isinstance(parts, str) or isinstance(result, InputError):
             yield row, parts if isinstance(parts, str) else str(result), 0
             continue
-        values = iter(got)
+        values = (rewards[index, number] for number in range(len(result)))
         columns = {name: [next(values) for _ in part] for name, part in parts.items()}
         single = {name: part if name == "rewards" else part[0] for name, part in columns.items()}
         yield row, single, sum(bool(part.truncated) for part in result)

@@ -29,7 +29,7 @@ from distiller.records import InputError
 from RewardTrainer.eval.engines.base import Encoded
 from RewardTrainer.eval.engines.encoding import ChatEncoder, resolve_max_length
 from RewardTrainer.eval.engines.loading import load_config, load_model, resolve_dtype
-from RewardTrainer.eval.engines.sharing import Unit, branch_mask, pack, plan_row, unit
+from RewardTrainer.eval.engines.sharing import LONGEST_SHARED, Unit, branch_mask, pack, plan_row, unit
 
 HEADS = ("score", "classifier")
 """Names under which models keep the head that turns hidden states into rewards."""
@@ -84,7 +84,7 @@ class Scorer(ChatEncoder):
             sequences = [conversation.ids for conversation in conversations]
             if self.shares_prompts:
                 width = self.model.config.get_text_config().hidden_size
-                units += plan_row(row, sequences, width, self.tokens_per_batch)
+                units += plan_row(row, sequences, width, min(self.tokens_per_batch, LONGEST_SHARED))
             else:
                 units += [unit(row, [number], sequences) for number in range(len(sequences))]
         return units

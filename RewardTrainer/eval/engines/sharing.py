@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
+LONGEST_SHARED = 8192
+"""Tokens of the longest sequence with branches: its mask has the square of them."""
 Key = tuple[int, int]
 """(row, conversation in it)"""
 

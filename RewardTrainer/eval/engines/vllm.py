@@ -12,8 +12,10 @@ Conversations go in as the token ids that the Hugging Face engine would see (tem
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
+from distiller.engine import EngineNotStarted
 from distiller.records import InputError
 from distiller.vllm_setup import is_cpu_build, prepare_cpu
 from RewardTrainer.eval.engines.base import Encoded
@@ -40,7 +42,10 @@ def load_vllm_scorer(
     Raises:
         InputError: it cannot be loaded, or is no one-label sequence-classification model
     """
-    cpu = is_cpu_build()
+    try:
+        cpu = is_cpu_build()
+    except EngineNotStarted as fault:
+        raise InputError("vLLM is not installed: run `make env`, or take --engine hf") from fault
     if cpu:
         prepare_cpu()  # before torch is imported
     from RewardTrainer.eval.engines.encoding import ChatEncoder, resolve_max_length
@@ -96,6 +101,6 @@ class VLLMScorer:
             outputs = self.llm.classify(prompts, pooling_params=raw, use_tqdm=False)
             for (row, number, _), output in zip(part, outputs, strict=True):
                 (reward,) = output.outputs.probs
-                if reward - reward != 0:  # NaN or infinite
+                if not math.isfinite(reward):
                     raise InputError("a reward is not finite; try --dtype float32 or bfloat16")
                 yield row, number, reward
