@@ -1,6 +1,6 @@
 """How much faster `eval_rm.sh` scores pairs than the plain pipeline does, against what token counts alone allow.
 
-    python benchmarks/eval_rm.py --pairs my_pairs.jsonl
+    python benchmarks/eval_rm.py                                # pairs of the embedded world
     python benchmarks/eval_rm.py --pairs my_pairs.jsonl --rows 1000 --hidden 2048 --layers 16 --dtype bfloat16    # GPU
 
 The plain pipeline takes the pairs in file order (shuffled here, with a seed), in batches of 8 padded to their longest
@@ -22,12 +22,13 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForSequenceClassification
 
-from distiller.records import prompt_messages, read_rows, response_text
+from distiller.records import InputError, prompt_messages, read_rows, response_text
 from RewardTrainer.eval.engines.hf import Scorer, run_head_in_fp32
 from RewardTrainer.eval.engines.loading import DTYPES
 from RewardTrainer.eval.engines.sharing import common_prefix
@@ -36,6 +37,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
 )
 PLAIN_BATCH = 8
+PAIRS = str(Path(__file__).resolve().parents[1] / "examples" / "data" / "pairs.jsonl")
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -161,7 +163,7 @@ def measure(model, tokenizer, pairs: list[list[list[dict]]], args: argparse.Name
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", required=True, help="JSONL file with prompt, chosen, rejected")
+    parser.add_argument("--pairs", default=PAIRS, help="JSONL file with prompt, chosen, rejected")
     parser.add_argument("--rows", type=int, default=160, help="pairs to take, after shuffling")
     parser.add_argument("--hidden", type=int, default=768, help="the model's width")
     parser.add_argument("--layers", type=int, default=3, help="and depth")
@@ -170,7 +172,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="rounds; the best time of each counts")
     args = parser.parse_args()
 
-    rows = list(read_rows(args.pairs, required={"prompt": "", "chosen": "", "rejected": ""}, strict=True))
+    try:
+        rows = list(read_rows(args.pairs, required={"prompt": "", "chosen": "", "rejected": ""}, strict=True))
+    except InputError as fault:
+        sys.exit(f"error: {fault}")
     random.Random(0).shuffle(rows)
     tokenizer = build_tokenizer([response_text(row[name]) for row in rows for name in ("chosen", "rejected")])
     rows = rows[: args.rows]

@@ -94,6 +94,13 @@ def test_an_adapter_without_its_functions_or_its_file_is_refused(tmp_path):
             load_engine("mine", adapter=str(adapter))
 
 
+def test_what_an_engine_has_no_use_for_is_said(adapter, capsys):
+    load_engine("mine", adapter=str(adapter), dtype="float32", tokens_per_batch=1)
+    assert "note: the adapter has no use for --dtype\n" in capsys.readouterr().err
+    load_engine("mine", adapter=str(adapter))
+    assert "note" not in capsys.readouterr().err
+
+
 def test_an_unknown_engine_is_refused():
     with pytest.raises(InputError, match="--engine sglang: not one of hf, vllm"):
         load_engine("mine", "sglang")

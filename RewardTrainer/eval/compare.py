@@ -54,6 +54,8 @@ def load_run(directory: Path, data_dir: Path | None) -> Run:
                 f"{stored.unknown} scores have no row; {benchmark.source} is not what was evaluated. Give the "
                 "--data_dir of the evaluation, or evaluate again"
             )
+        if any(score is None for row in stored.said for score in row):
+            raise InputError(f"{directory / 'scores.jsonl'}: a score of {name} is null; evaluate the model again")
         evaluations.append(evaluation_of(benchmark, stored.items, stored.said, counts[name]))
     return Run(model, evaluations)
 

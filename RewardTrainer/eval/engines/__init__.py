@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from distiller.records import InputError
@@ -23,11 +24,21 @@ def load_engine(
     tensor_parallel_size: int = 1,
     gpu_memory_utilization: float = 0.9,
 ) -> Engine:
-    """The engine asked for, its model loaded. Imports only what that engine needs.
+    """The engine asked for, its model loaded. Imports only what that engine needs; says which arguments it has no use
+    for.
 
     Raises:
         InputError: an unknown engine, or a model that cannot be loaded or is no reward model
     """
+    unused = {"--attn_implementation": attn_implementation}
+    if adapter is not None:
+        unused |= {"--max_length": max_length, "--dtype": dtype if dtype != "auto" else None}
+        unused |= {"--engine": engine if engine != "hf" else None}
+    elif engine == "hf":
+        unused = {"--tensor_parallel_size": tensor_parallel_size if tensor_parallel_size > 1 else None}
+    if any(unused.values()):
+        names = ", ".join(name for name, value in unused.items() if value)
+        print(f"note: {'the adapter' if adapter else f'--engine {engine}'} has no use for {names}", file=sys.stderr)
     if adapter is not None:
         import torch
 
