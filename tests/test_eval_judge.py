@@ -274,7 +274,8 @@ def test_statistics_are_those_counted_by_hand():
         "unreadable": 1,
         "ties": 3,
         "unreadable_rate": pytest.approx(1 / 14),
-        "agreement": pytest.approx(6 / 10),  # 2 + 1 + 1 + 0 + 1 + 0 + 1 of 14 - 3 - 1
+        "label_agreement": pytest.approx(6 / 10),  # 2 + 1 + 1 + 0 + 1 + 0 + 1 of 14 - 3 - 1
+        "first_place": pytest.approx(4 / 10),  # 1 + 2 + 0 + 1 + 0 + 0 + 0
         "pairs": 6,
         "consistency": pytest.approx(3 / 6),
         "both_right": pytest.approx(1 / 6),
@@ -321,7 +322,7 @@ def test_a_share_of_nothing_is_none():
     empty = judge_statistics([], [])
     assert [name for name, value in empty.items() if value is not None] == ["verdicts", "unreadable", "ties", "pairs"]
     one_order = judge_statistics([item()], [[Judged(Verdict((0, 1), 0), "r")]])
-    assert (one_order["agreement"], one_order["consistency"], one_order["position_bias"]) == (1, None, None)
+    assert (one_order["label_agreement"], one_order["consistency"], one_order["position_bias"]) == (1, None, None)
 
 
 def test_ratings_decide_pairs_in_both_orders_alike():
@@ -330,7 +331,14 @@ def test_ratings_decide_pairs_in_both_orders_alike():
     assert [v.winner for v in verdicts_of_ratings(item(), [7, 7])] == [TIE, TIE]
     assert [v.winner for v in verdicts_of_ratings(item(), [7, None])] == [None, None]
     found = rating_statistics([item(n) for n in range(4)], [[7, 5], [5, 7], [7, 7], [7, None]])
-    assert found == {"ratings": 8, "unreadable": 1, "unreadable_rate": 1 / 8, "pairs": 3, "ties": 1, "agreement": 0.5}
+    assert found == {
+        "ratings": 8,
+        "unreadable": 1,
+        "unreadable_rate": 1 / 8,
+        "pairs": 3,
+        "ties": 1,
+        "label_agreement": 0.5,
+    }
 
 
 def judge(benchmark, decide, form="pairwise_verdict"):

@@ -118,7 +118,7 @@ def test_a_judge_that_always_names_the_first_place_is_found_out(house, server):
     found = results(house)
     assert [found["benchmarks"][name]["overall"] for name in ("judgebench-gpt", "rm-bench")] == [0, 0.5]
     for about in found["judges"].values():
-        assert (about["position_bias"], about["consistency"], about["agreement"]) == (1, 0, 0.5)
+        assert (about["position_bias"], about["consistency"], about["label_agreement"]) == (1, 0, 0.5)
 
 
 def test_unreadable_replies_are_counted_kept_and_worth_what_the_benchmark_says(house, server, capsys):
@@ -190,7 +190,7 @@ def test_scores_of_a_pair_are_kept_and_their_bias_is_told_in_points(house, serve
     server.script = script
     assert judge(house, server, form="pairwise_scores") == 0
     about = results(house)["judges"]["judgebench-gpt"]
-    assert (about["position_bias_points"], about["position_bias"], about["agreement"]) == (0.5, 0, 1)
+    assert (about["position_bias_points"], about["position_bias"], about["label_agreement"]) == (0.5, 0, 1)
     assert {tuple(line["scores"]) for line in lines(house / "out/verdicts.jsonl")} == {(9.5, 4), (4.5, 9)}
 
 

@@ -31,8 +31,10 @@ def judge_statistics(items: Sequence[Item], judged: Sequence[Sequence[Judged]]) 
     Returns:
         - `verdicts`, `unreadable`, `ties`: counted
         - `unreadable_rate`: unreadable / verdicts
-        - `agreement`: of the verdicts that name a response, the share that name a right one
-        - `pairs`: pairs with a readable verdict in both orders; the three below are over them
+        - `label_agreement`: of the verdicts that name a response, the share that name a right one
+        - `first_place`: of the same, the share that name the response shown first; half of them (of four responses a
+          quarter) where the place does not count and the orders are drawn, or both were asked
+        - `pairs`: pairs with a readable verdict in both orders; the four below are over them
         - `consistency`: share with the same outcome in both orders (twice the same response, or twice a tie)
         - `both_right`: share with the right response in both orders
         - `position_bias`: mean over their verdicts of +1 where the response shown first won, -1 where the second did,
@@ -42,19 +44,24 @@ def judge_statistics(items: Sequence[Item], judged: Sequence[Sequence[Judged]]) 
           second); None unless the form asks for scores
     """
     said = [(item, each) for item, row in zip(items, judged, strict=True) for each in row]
-    winners = [(item, each.verdict.winner) for item, each in said]
-    named = [winner in item.chosen for item, winner in winners if winner not in (None, TIE)]
+    winners = [each.verdict.winner for _, each in said]
+    named = [
+        (i, each.verdict.order, winner)
+        for (i, each), winner in zip(said, winners, strict=True)
+        if winner not in (None, TIE)
+    ]
     both = [pair for item, row in zip(items, judged, strict=True) for pair in _in_both_orders(item, row)]
     outcomes = [(first.verdict.winner, second.verdict.winner) for _, first, second in both]
     places = [_place(each) for _, *pair in both for each in pair]
     points = [_points(first, second) for _, first, second in both if first.scores and second.scores]
-    unreadable = sum(winner is None for _, winner in winners)
+    unreadable = sum(winner is None for winner in winners)
     return {
         "verdicts": len(said),
         "unreadable": unreadable,
-        "ties": sum(winner == TIE for _, winner in winners),
+        "ties": sum(winner == TIE for winner in winners),
         "unreadable_rate": unreadable / len(said) if said else None,
-        "agreement": _mean(named),
+        "label_agreement": _mean([winner in item.chosen for item, _, winner in named]),
+        "first_place": _mean([winner == order[0] for _, order, winner in named]),
         "pairs": len(both),
         "consistency": _mean([first == second for first, second in outcomes]),
         "both_right": _mean(
@@ -69,9 +76,17 @@ def judge_statistics(items: Sequence[Item], judged: Sequence[Sequence[Judged]]) 
 
 
 def rating_statistics(items: Sequence[Item], scores: Sequence[Sequence[float | None]]) -> dict[str, Value]:
-    """A judge that rates one response at a time: `ratings`, `unreadable`, `unreadable_rate`; `pairs` of a right and a
-    wrong response with both ratings, `ties` among them, and `agreement`, the share of the other pairs with the right
-    response above. There is no order, hence no bias towards one."""
+    """A judge that rates one response at a time.
+
+    Args:
+        items: rows
+        scores: ratings of each row's responses, None where one could not be read
+
+    Returns:
+        `ratings`, `unreadable`, `unreadable_rate`; `pairs` of a right and a wrong response with both ratings, `ties`
+        among them, and `label_agreement`, the share of the other pairs with the right response above. There is no
+        order, hence no bias towards one.
+    """
     ratings = [score for row in scores for score in row]
     gaps = [
         row[right] - row[wrong]
@@ -86,7 +101,7 @@ def rating_statistics(items: Sequence[Item], scores: Sequence[Sequence[float | N
         "unreadable_rate": unreadable / len(ratings) if ratings else None,
         "pairs": len(gaps),
         "ties": sum(gap == 0 for gap in gaps),
-        "agreement": _mean([gap > 0 for gap in gaps if gap]),
+        "label_agreement": _mean([gap > 0 for gap in gaps if gap]),
     }
 
 

@@ -55,11 +55,10 @@ def _section(outcome: Outcome) -> str:
         _table(["Subset", *map(title_of, further), "n"], rows),
         "<h3>The judge</h3>",
         _table(["", ""], [[title_of(name), value_of(value)] for name, value in outcome.statistics.items()]),
-        "<h3>Wrong in every order</h3>",
-        _mistakes(outcome),
-        "<h3>Counts</h3>",
-        _table(["", ""], counts),
     ]
+    if any(outcome.judged):
+        parts += ["<h3>Wrong in every order</h3>", _mistakes(outcome)]
+    parts += ["<h3>Counts</h3>", _table(["", ""], counts)]
     for name in ("skipped_rows", "refused_asks"):
         if outcome.counts[name]:
             messages = escape("\n".join(outcome.counts[name]))
