@@ -238,6 +238,42 @@ def test_what_a_user_gets_wrong_is_named(house, server, capsys):
     assert not (house / "out").exists() and not server.bodies
 
 
+def test_a_verdict_that_was_only_thought_is_none(house, server):
+    def script(body):
+        letter = "AB"[shown(body)[0] != "good answer"]
+        wrong = f"<verdict>{'BA'['AB'.index(letter)]}</verdict>"
+        if "q p0" in body["messages"][0]["content"]:
+            return reply(f"<think>{wrong}</think>I cannot say.")
+        return reply(f"<verdict>{letter}</verdict>", reasoning_content=f"At first sight {wrong}")
+
+    server.script = script
+    assert judge(house, server, "--enable_thinking", "true") == 1  # 2 of 12 cannot be read
+    about = results(house)["judges"]["judgebench-gpt"]
+    assert (about["unreadable"], about["label_agreement"]) == (2, 1)
+    assert all(body["chat_template_kwargs"] == {"enable_thinking": True} for body in server.bodies)
+    assert not any(
+        "first sight" in line["raw"] or "<think>" in line["raw"] for line in lines(house / "out/verdicts.jsonl")
+    )
+
+
+def test_a_run_stopped_at_its_cap_says_what_is_left_and_goes_on(house, server, capsys):
+    server.script = longest
+    assert judge(house, server, "--max_tokens_total", 40) == 3  # an ask takes 7
+    counts = results(house)["counts"]["judgebench-gpt"]
+    assert 0 < counts["not_run"] == 12 - counts["answered"] and counts["counted"] == counts["answered"] // 2
+    assert f"{counts['not_run']} of 12 asks are left to run" in capsys.readouterr().err
+    assert judge(house, server) == 0
+    assert results(house)["counts"]["judgebench-gpt"]["not_run"] == 0 and len(server.bodies) == 12
+
+
+def test_a_dry_run_shows_both_orders_and_asks_nothing(house, server, capsys):
+    assert judge(house, server, "--dry_run") == 0
+    out = capsys.readouterr().out
+    assert "q p0\n[A] good answer\n[B] bad" in out and "q p0\n[A] bad\n[B] good answer" in out
+    assert "rows: 12 (12 to run, 0 that cannot be used)" in out
+    assert not server.bodies and not (house / "out").exists()
+
+
 def test_the_page_escapes_what_a_judge_and_a_file_say(house, server):
     path = write_jsonl(house / "pairs.jsonl", [pair(n, chosen=f"x{HOSTILE}", rejected="y") for n in range(3)])
     server.script = lambda body: reply(f"{HOSTILE}<verdict>{'AB'[shown(body)[0] != 'y']}</verdict>")
