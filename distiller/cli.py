@@ -14,6 +14,7 @@ Exit codes: 0 done; 1 refused, or too many rows failed; 2 the engine or the disk
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -253,9 +254,12 @@ def token_counter(args: StageArguments) -> tuple[CountTokens, str]:
 
 
 def resume_command(args: StageArguments) -> str:
-    """The command as it was given, without what would undo or repeat work."""
+    """The command as it was given, without what would undo or repeat work. A shell script in front of it names itself
+    in RM_DISTILLER_COMMAND."""
     undo = [word for name in ("overwrite", "retry_failed") if getattr(args, name) for word in (f"--{name}", "false")]
-    return shlex.join(["python", *sys.argv, *undo])
+    script = os.environ.get("RM_DISTILLER_COMMAND")
+    command = ["bash", script] if script else ["python", sys.argv[0]]
+    return shlex.join([*command, *sys.argv[1:], *undo])
 
 
 def _without_secrets(url: str | None) -> str | None:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -288,6 +289,15 @@ def script_command(*flags: object) -> list[str]:
 
 
 SCRIPT_ENVIRONMENT = {**ENVIRONMENT, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"}
+
+
+def test_a_run_without_a_server_ends_and_prints_the_command_to_go_on_with(house):
+    command = script_command("--model", "m", "--base_url", "http://127.0.0.1:9/v1", "--max_retries", 0, "--limit", 1)
+    command += ["--output_dir", str(house / "out")]
+    done = subprocess.run(command, cwd="/", env=SCRIPT_ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "To go on, run: " in done.stderr and "Traceback" not in done.stderr
+    assert shlex.split(done.stderr.partition("To go on, run: ")[2]) == command
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ if [[ -z "${PYTHON:-}" && -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x ../.venv/
   PYTHON=../.venv/bin/python
 fi
 PYTHONPATH="$(cd .. && pwd)${PYTHONPATH:+:$PYTHONPATH}"
-export PYTHONPATH
+RM_DISTILLER_COMMAND="$PWD/scripts/eval_judge.sh" # what a message says to run again
+export PYTHONPATH RM_DISTILLER_COMMAND
 
 exec "${PYTHON:-python}" -m RewardTrainer.eval.run_eval_judge "$@"
