@@ -7,8 +7,10 @@ Reads rows with a `prompt` and writes one file a model, each row with
 
 beside the row's own fields and its `id`, by which `score/score_orig_vllm.py --responses file file ...` joins the files
 of several models to pairs. With --as_teacher_response the answer becomes the row's `teacher_response`, which saves
-refine_response_vllm.py that ask. An answer that max_tokens cut goes to <output>.filtered.jsonl, a row without an
-answer to <output>.failed.jsonl. The same command goes on after an interruption.
+refine_response_vllm.py that ask. With --num_responses N a row gets a list of N, `responses`, each drawn with a seed of
+its own: candidates for `RewardTrainer.eval.best_of_n`. An answer that max_tokens cut goes to <output>.filtered.jsonl
+(of several, a row without any whole one), a row without an answer to <output>.failed.jsonl. The same command goes on
+after an interruption.
 
     # the prompts of the embedded world, on any CPU
     python refine/generate_response_vllm.py
@@ -25,8 +27,10 @@ answer to <output>.failed.jsonl. The same command goes on after an interruption.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from distiller.cli import StageArguments, flag, parse_stage_args, run
 from distiller.records import InputError, prompt_messages
@@ -40,9 +44,16 @@ class GenerateArguments(StageArguments):
 
     prompt_file: str | None = flag(None, "not for this command: a prompt is asked as it is")
     as_teacher_response: bool = flag(False, "write the answer as teacher_response, in place of response and model")
+    num_responses: int | None = flag(None, "so many answers to each prompt, as a list: `responses`, not `response`")
+
+    RANGES: ClassVar[Mapping[str, tuple[float, float | None]]] = {**StageArguments.RANGES, "num_responses": (1, None)}
 
     def validate(self) -> None:
         super().validate()
+        if self.num_responses and self.as_teacher_response:
+            raise InputError("--num_responses and --as_teacher_response exclude each other: a row has one y_T")
+        if (self.num_responses or 1) > 1 and self.temperature == 0:
+            raise InputError("--num_responses with --temperature 0 would draw the same answer again and again")
         if self.prompt_file:
             raise InputError("--prompt_file has no use here: each prompt is asked as it is, by its own messages alone")
 
@@ -52,6 +63,8 @@ def make_work(args: GenerateArguments) -> Work:
 
     def work(row: dict) -> RowWork:
         messages = prompt_messages(row["prompt"])
+        if args.num_responses:
+            return (yield from several(row, messages))
         answer = yield from ask_until(
             messages, read_answer, seed=args.seed, row_id=row["id"], max_tries=args.max_tries
         )
@@ -62,6 +75,20 @@ def make_work(args: GenerateArguments) -> Work:
         if args.as_teacher_response:
             return Done({**row, "teacher_response": answer})
         return Done({**row, "response": answer, "model": args.model})
+
+    def several(row: dict, messages: list[dict]) -> RowWork:
+        answers = []
+        for number in range(args.num_responses):
+            answer = yield from ask_until(
+                messages, read_answer, seed=args.seed, row_id=row["id"], number=number, max_tries=args.max_tries
+            )
+            if isinstance(answer, Failed):
+                return answer
+            answers.append(answer)
+        whole = [answer for answer in answers if answer is not None]
+        if not whole:
+            return Filtered(row, "every response cut by max_tokens")
+        return Done({**row, "responses": whole, "model": args.model})
 
     return work
 

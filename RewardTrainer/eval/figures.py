@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 460, 220, 48, 34, 12  # pixels
@@ -74,6 +75,26 @@ def bar_chart(bars: Sequence[tuple[str, float | None, int]], x_label: str, y_lab
     return _plot(f"{y_label} by {x_label}", "".join(marks), None, (0, 1), x_label, y_label)
 
 
+def curves(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> str:
+    """Up to three lines through their points, each labelled with its name; x on a logarithmic scale."""
+    points = [point for line in lines.values() for point in line]
+    x_range, y_range = _range([math.log(x) for x, _ in points]), _range([y for _, y in points])
+    marks = []
+    for (name, line), colour in zip(lines.items(), ("#888", CHOSEN, REJECTED), strict=False):
+        places = [(_place(math.log(x), x_range), _height(y, y_range)) for x, y in line]
+        path = "".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(places))
+        marks.append(f'<path d="{path}" fill="none" stroke="{colour}"/>')
+        for (x, y), (at, value) in zip(places, line, strict=True):
+            tip = f"<title>{escape(name)}: {value:.4g} at {at:g}</title>"
+            marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}">{tip}</circle>')
+        x, y = places[len(places) // 2]
+        marks.append(f'<text x="{x:.1f}" y="{y - 6:.1f}" text-anchor="middle" fill="{colour}">{escape(name)}</text>')
+    for x in sorted({x for x, _ in points}):
+        place = _place(math.log(x), x_range)
+        marks.append(f'<text x="{place:.1f}" y="{FLOOR + 14}" text-anchor="middle">{x:g}</text>')
+    return _plot(f"{y_label} against {x_label}", "".join(marks), None, y_range, x_label, y_label)
+
+
 def _plot(
     title: str,
     marks: str,
@@ -97,7 +118,8 @@ def _plot(
     )
     axes = f'<path d="M{LEFT} {TOP}V{FLOOR}H{WIDTH}" fill="none" stroke="#888"/>'
     return (
-        f'<svg viewBox="0 0 {WIDTH + 8} {HEIGHT}" width="{WIDTH + 8}" height="{HEIGHT}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="11" '
+        f'viewBox="0 0 {WIDTH + 8} {HEIGHT}" width="{WIDTH + 8}" height="{HEIGHT}" role="img" '
         f'aria-label="{escape(title)}">'
         f"{marks}{axes}{texts}{upright}</svg>"
     )
