@@ -6,7 +6,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from distiller.records import InputError
-from RewardTrainer.train.data import Dropped, PairCollator, encode_pair, encode_pairs
+from RewardTrainer.train.batches import PairCollator
+from RewardTrainer.train.data import Dropped, encode_pair, encode_pairs
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -179,7 +180,7 @@ def test_text_that_spells_special_tokens_moves_no_mask_and_ends_no_turn(text, to
         assert tokenizer.decode(response) == text + "<|im_end|>"
         assert response.count(end) == 1 and response[-1] == end and pad not in response
     batch = PairCollator(tokenizer.pad_token_id)([{**pair, "pair_index": 0}, {**plain, "pair_index": 1}])
-    assert batch["gen_mask"].sum(1).tolist() == [
+    assert batch["gen_pairs"].bincount().tolist() == [
         len(each["gen_input_ids"]) - plain["gen_response_start"] for each in (pair, plain)
     ]
 
@@ -325,6 +326,7 @@ def test_batch_of_reward_rows_has_exactly_these_tensors():
     expected = {
         "input_ids": torch.tensor([[5, 6, 7], [9, 1, 0], [8, 0, 0], [2, 3, 0]]),
         "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 0]]),
+        "reward_index": torch.tensor([2, 4, 6, 10]),
         "pair_index": torch.tensor([4, 2]),
         "labels": torch.tensor([1, 1]),
     }
@@ -348,10 +350,13 @@ def test_batch_with_generative_and_teacher_rows_has_exactly_these_tensors():
         "attention_mask": torch.tensor(
             [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
         ),
-        "gen_mask": torch.tensor([[0, 0, 1, 1], [0, 1, 0, 0]]).bool(),
+        "reward_index": torch.tensor([0, 5, 8, 12]),
+        "gen_index": torch.tensor([17, 18, 20]),  # before tokens 3 and 4 of the fifth row, and 0 of the sixth
+        "gen_targets": torch.tensor([3, 4, 0]),
+        "gen_pairs": torch.tensor([0, 0, 1]),
         "teacher_input_ids": torch.tensor([[7, 7, 7, 3, 4], [7, 0, 99, 99, 99]]),
         "teacher_attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]),
-        "teacher_mask": torch.tensor([[0, 0, 0, 1, 1], [0, 1, 0, 0, 0]]).bool(),
+        "teacher_index": torch.tensor([2, 3, 5]),
         "margin": torch.tensor([1.5, 1.5]),
         "chosen_score": torch.tensor([8.0, 8.0]),
         "rejected_score": torch.tensor([6.5, 6.5]),
@@ -373,6 +378,7 @@ def test_masked_tokens_of_student_and_teacher_are_the_same_in_the_same_order(tok
     rows = [row, {**row, "id": "r2", "prompt": "a longer question", "teacher_response": "copper"}]
     features, _ = encode_pairs(rows, tokenizers["chatml"], thinking, "teacher_response")
     batch = PairCollator(tokenizers["chatml"].pad_token_id, thinking.pad_token_id)(features)
-    student = batch["input_ids"][4:][batch["gen_mask"]]
-    assert student.tolist() == batch["teacher_input_ids"][batch["teacher_mask"]].tolist()
+    student = batch["input_ids"].flatten()[batch["gen_index"] + 1]
+    assert student.tolist() == batch["gen_targets"].tolist()
+    assert student.tolist() == batch["teacher_input_ids"].flatten()[batch["teacher_index"] + 1].tolist()
     assert tokenizers["chatml"].decode(student) == "the colour is red<|im_end|>copper<|im_end|>"

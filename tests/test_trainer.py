@@ -83,7 +83,7 @@ def test_joint_loss_and_its_gradients_are_those_of_the_plain_reference(models, t
     reference.backward()
 
     trainer.model.train()
-    batch = trainer._prepare_inputs(trainer.data_collator(trainer.train_dataset))
+    batch = trainer._prepare_inputs(trainer.collate(trainer.train_dataset))
     loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(6))
     loss.backward()
     torch.testing.assert_close(loss.double(), reference, rtol=1e-5, atol=1e-5)
@@ -185,7 +185,7 @@ def test_evaluation_counts_each_pair_once_whatever_the_batch_size(models, tmp_pa
         results.append({k: v for k, v in metrics.items() if k != "epoch" and "second" not in k and "time" not in k})
     for other in results[1:]:
         assert other == pytest.approx(results[0], rel=1e-4)
-    batch = trainer._prepare_inputs(trainer.data_collator(trainer.eval_dataset))
+    batch = trainer._prepare_inputs(trainer.collate(trainer.eval_dataset))
     with torch.no_grad():
         terms = {name: tensor.double().numpy() for name, tensor in trainer.pair_terms(trainer.model, batch).items()}
     gap, margin = terms["chosen"] - terms["rejected"], terms["margin"]
@@ -307,5 +307,5 @@ def test_margins_keep_fp32_and_rewards_are_fp32_under_bf16(models, tmp_path):
     trainer.train()
     assert seen["rewards"].dtype == seen["sft"].dtype == torch.float32
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
-    batch = trainer._prepare_inputs(trainer.data_collator(trainer.train_dataset))
+    batch = trainer._prepare_inputs(trainer.collate(trainer.train_dataset))
     assert batch["margin"].dtype == torch.float32

@@ -103,9 +103,10 @@ def make_trainer(
 
     from RewardTrainer.train.arguments import DistilConfig
     from RewardTrainer.train.checkpoint import load_student, load_tokenizer
-    from RewardTrainer.train.data import PairCollator, encode_pairs
+    from RewardTrainer.train.batches import PairCollator
+    from RewardTrainer.train.data import encode_pairs
     from RewardTrainer.train.losses import check_weights
-    from RewardTrainer.train.student import LiveTeacher
+    from RewardTrainer.train.student import LiveTeacher, choose_layout
     from RewardTrainer.train.trainer import DistilTrainer, generative_field
     from RewardTrainer.train.vocabulary import match_vocabularies
 
@@ -128,14 +129,19 @@ def make_trainer(
     def encode(rows: list[dict]) -> list[dict]:
         return encode_pairs(rows, tokenizer, teacher_tokenizer, generative)[0]
 
+    student = load_student(str(student_path), tokenizer, language_head=generative is not None)
     return DistilTrainer(
-        model=load_student(str(student_path), tokenizer, language_head=generative is not None),
+        model=student,
         args=args,
         teacher=teacher,
         shared_ids=shared,
         train_dataset=encode(rows),
         eval_dataset=encode(eval_rows) if eval_rows else None,
         processing_class=tokenizer,
-        data_collator=PairCollator(tokenizer.pad_token_id),
+        data_collator=PairCollator(
+            tokenizer.pad_token_id,
+            layout=choose_layout("student", student.backbone, args.layout),
+            teacher_layout="padded" if teacher is None else choose_layout("teacher", teacher.backbone, args.layout),
+        ),
         callbacks=callbacks,
     )

@@ -92,8 +92,22 @@ class DistilConfig(TrainingArguments):
     )
     margin_scale: float = field(default=1.0, metadata={"help": "Margins are divided by it."})
     kl_temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL term."})
+    layout: Literal["shared_prefix", "padding_free", "padded"] | None = field(
+        default=None,
+        metadata={
+            "help": "How rows of a batch lie: without padding and what a pair's rows begin with once (shared_prefix), "
+            "without padding, or padded to the longest. None: shared_prefix where the model allows it, else padded."
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cut what --per_device_train_batch_size hands out into forwards of at most so many student "
+            "tokens, padding included. The step's pairs and their mean do not change."
+        },
+    )
     chunk_size: int = field(
-        default=1024, metadata={"help": "Response tokens whose logits exist at once; less needs less memory."}
+        default=512, metadata={"help": "Response tokens whose logits exist at once; less needs less memory."}
     )
     save_lm: bool = field(
         default=False, metadata={"help": "Also write the student's language model, to <output_dir>/lm."}
@@ -122,6 +136,8 @@ class DistilConfig(TrainingArguments):
             raise InputError(f"--reward_weight {self.reward_weight}: must be a finite number, 0 or above")
         if self.kl_temperature <= 0 or self.chunk_size < 1:
             raise InputError("--kl_temperature must be above 0 and --chunk_size at least 1")
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise InputError(f"--max_tokens_per_batch {self.max_tokens_per_batch}: must be at least 1")
         if self.remove_unused_columns:
             raise InputError("--remove_unused_columns true: the collator reads every field of a pair; leave it false")
 

@@ -1,4 +1,4 @@
-"""From records to batches: turn each row into tokens once, pad a batch. (`rows.py` reads the records.)
+"""From records to features: turn each row into tokens once. (`rows.py` reads records, `batches.py` makes batches.)
 
 A pair becomes up to three token rows for the student, and one for the teacher:
 
@@ -18,10 +18,6 @@ block), and what it writes after the end of turn (ChatML's newline, which a mode
 Text that spells a special token ("<|im_end|>" in an answer about chat templates) is not refused. In a generative
 response it is split into ordinary tokens, so that the model never learns to stop there. In `chosen`, `rejected` and
 prompts it becomes the special token, as in every stock pipeline: the exported model must score what it was trained on.
-
-Which position predicts which token. The collator does not shift: masks mark the response tokens themselves, and the
-hidden state at t - 1 predicts token t. The model shifts (`student.py`): targets `input_ids[:, 1:][mask[:, 1:]]`,
-hidden states `hidden[:, :-1][mask[:, 1:]]`. A response never starts at 0: each token has a position before it.
 """
 
 from collections import Counter
@@ -30,14 +26,13 @@ from dataclasses import dataclass
 from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from distiller.records import InputError, prompt_messages, response_text
 from distiller.tokens import NO_THINKING, prompt_ids, render, response_ids, token_ids
 from RewardTrainer.train.rows import NUMBERS, load_pairs
 
-__all__ = ["Dropped", "PairCollator", "PairFeatures", "encode_pair", "encode_pairs", "load_pairs"]
+__all__ = ["Dropped", "PairFeatures", "encode_pair", "encode_pairs", "load_pairs"]
 
 # ---------------------------------------------------------------- tokens
 
@@ -173,63 +168,3 @@ def _cut_left(tokenizer: PreTrainedTokenizerBase, ids: list[int], count: int) ->
     """Without the first `count` tokens; a leading BOS stays, and the tokens after it go."""
     keep = 1 if ids[0] == tokenizer.bos_token_id else 0
     return ids[:keep] + ids[keep + count :]
-
-
-# ---------------------------------------------------------------- batches
-
-
-@dataclass
-class PairCollator:
-    """Pads the features of B pairs on the right, to the longest row of this batch.
-
-    input_ids, attention_mask (rows, L) long: rows 0..B-1 chosen, B..2B-1 rejected, 2B..3B-1 generative where there are
-    gen_mask (B, L) bool: response tokens of the generative rows
-    teacher_input_ids, teacher_attention_mask (B, Lt) long; teacher_mask (B, Lt) bool: gen_mask's count in each row
-    margin, chosen_score, rejected_score (B,) float32: each where every pair of the batch has it
-    pair_index (B,) long: position in the dataset
-    labels (B,) long, all 1: what transformers.Trainer counts to learn how many pairs the optimizer step has
-
-    Masks are not shifted; see the module docstring. Row i of every field belongs to the same pair.
-    """
-
-    pad_token_id: int
-    teacher_pad_token_id: int | None = None
-
-    def __call__(self, features: Sequence[Mapping]) -> dict[str, torch.Tensor]:
-        sides = ["chosen_input_ids", "rejected_input_ids"]
-        if features[0]["gen_input_ids"] is not None:
-            sides.append("gen_input_ids")
-        rows = [feature[side] for side in sides for feature in features]
-        batch = {}
-        batch["input_ids"], batch["attention_mask"] = _pad(rows, self.pad_token_id)
-        if len(sides) == 3:
-            own = batch["attention_mask"][2 * len(features) :]
-            batch["gen_mask"] = _response_mask(own, [feature["gen_response_start"] for feature in features])
-        if features[0]["teacher_input_ids"] is not None:
-            pad = self.pad_token_id if self.teacher_pad_token_id is None else self.teacher_pad_token_id
-            ids, mask = _pad([feature["teacher_input_ids"] for feature in features], pad)
-            batch["teacher_input_ids"], batch["teacher_attention_mask"] = ids, mask
-            batch["teacher_mask"] = _response_mask(mask, [feature["teacher_response_start"] for feature in features])
-        for name in NUMBERS:
-            values = [feature[name] for feature in features]
-            if None not in values:
-                batch[name] = torch.tensor(values, dtype=torch.float32)
-        batch["pair_index"] = torch.tensor([feature["pair_index"] for feature in features])
-        batch["labels"] = torch.ones(len(features), dtype=torch.long)
-        return batch
-
-
-def _pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of different lengths -> input_ids and attention_mask, both (rows, longest) long."""
-    ids = torch.full((len(rows), max(map(len, rows))), pad_token_id)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.as_tensor(row)
-        mask[i, : len(row)] = 1
-    return ids, mask
-
-
-def _response_mask(attention_mask: torch.Tensor, starts: Sequence[int]) -> torch.Tensor:
-    """(rows, L) bool: from each row's start to its last real token."""
-    positions = torch.arange(attention_mask.shape[1])
-    return (positions >= torch.tensor(starts)[:, None]) & attention_mask.bool()

@@ -14,28 +14,21 @@ and, for a response of n tokens with student p_S and frozen teacher p_T at tempe
 
     L_sft = -1/n sum_t log p_S(y_t)              L_kl = T^2/n sum_t KL(p_T(.; T) || p_S(.; T))
 
-Three things are easy to get wrong and are settled here:
+The reward losses are below, the language-model terms in `generative.py`. Two things are easy to get wrong:
 
 1. Gap and margin are both (pairs,). A (pairs,) minus a (pairs, 1) broadcasts to (pairs, pairs), compares every gap
    with every margin, and its mean trains the calibration away without an error. `reward_loss` refuses other shapes.
 2. Nothing here averages over pairs: each function returns one value a pair, because the mean is over all pairs of the
    optimizer step, and only the trainer knows how many micro-batches and ranks that is.
-3. Language-model terms are reduced in fp32 whatever the weights' precision, chunk by chunk: logits of more than
-   `chunk_size` tokens never exist, neither in the forward nor, being recomputed, in the backward pass.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from distiller.records import InputError
-
-# Logit of an id taken out of a distribution: its probability is exactly 0, and unlike -inf it leaves 0 * (a - b) = 0.
-REMOVED = -1e30
 
 
 @dataclass(frozen=True)
@@ -151,119 +144,3 @@ def reward_loss(
     if loss_type == "steerlm":
         return (r_w - chosen_score.float()) ** 2 + (r_l - rejected_score.float()) ** 2
     return (gap - m) ** 2  # margin_regression, distilrm
-
-
-class GenerativeTerms(NamedTuple):
-    """Language-model terms of a batch; every field is (pairs,)."""
-
-    sft: torch.Tensor  # fp32, nats a token
-    kl: torch.Tensor  # fp32, nats a token times T^2
-    tokens: torch.Tensor  # long: response tokens, the n of `sft`
-    kl_tokens: torch.Tensor  # long: response tokens whose target both vocabularies have, the n of `kl`
-
-
-def generative_losses(
-    student_hidden: torch.Tensor,
-    lm_head: Callable[[torch.Tensor], torch.Tensor],
-    targets: torch.Tensor,
-    pair_index: torch.Tensor,
-    num_pairs: int,
-    teacher_logits: Callable[[slice], torch.Tensor] | None = None,
-    shared_ids: torch.Tensor | int | None = None,
-    temperature: float = 1.0,
-    chunk_size: int = 1024,
-) -> GenerativeTerms:
-    """SFT and forward KL per pair from the hidden states that predict response tokens, `chunk_size` tokens at a time.
-
-    student_hidden (tokens, H): the student's last hidden state *before* each response token (position t - 1 predicts
-        token t); the caller picks and shifts, so prompt and padding never arrive here.
-    lm_head: (chunk, H) -> (chunk, V_student) logits, with whatever scaling or soft cap the model applies to them.
-    targets (tokens,) long: the response token ids.
-    pair_index (tokens,) long: the pair each token belongs to, in [0, num_pairs).
-    teacher_logits: a slice of the same token axis -> (chunk, V_teacher); called without gradient, and once more for
-        every chunk in the backward pass. None leaves the KL term out: `kl` and `kl_tokens` are 0.
-    shared_ids: ids both vocabularies have, a bool mask over the first ids or a number n (ids below n). All others
-        are removed from both distributions, the rest renormalized; a position whose target is not shared is left out
-        of the KL and of its n. None says that the vocabularies are equal. SFT is over the student's whole vocabulary
-        and counts every token.
-    temperature: divides both logits in the KL, whose value is multiplied by its square.
-
-    A pair without response tokens has 0 for both terms. Raises ValueError for shapes that do not fit.
-    """
-    num_tokens = student_hidden.shape[0]
-    if student_hidden.dim() != 2 or targets.shape != (num_tokens,) or pair_index.shape != (num_tokens,):
-        raise ValueError(
-            f"student_hidden {tuple(student_hidden.shape)}, targets {tuple(targets.shape)} and pair_index "
-            f"{tuple(pair_index.shape)} must be (tokens, H), (tokens,), (tokens,)"
-        )
-    if not temperature > 0 or chunk_size < 1:
-        raise ValueError(f"temperature {temperature} must be above 0 and chunk_size {chunk_size} at least 1")
-    shared = _shared_mask(shared_ids, targets.device)
-    counted = _counted(targets, shared) if teacher_logits is not None else torch.zeros_like(targets, dtype=torch.bool)
-
-    sft_sum = torch.zeros(num_pairs, device=student_hidden.device)  # (pairs,)
-    kl_sum = torch.zeros(num_pairs, device=student_hidden.device)  # (pairs,)
-    # With no token at all the head still sees one empty chunk, so that its parameters are in the graph of every rank.
-    for start in range(0, max(num_tokens, 1), chunk_size):
-        rows = slice(start, min(start + chunk_size, num_tokens))
-
-        def chunk_terms(hidden: torch.Tensor, rows: slice = rows) -> tuple[torch.Tensor, torch.Tensor]:
-            logits = lm_head(hidden).float()  # (chunk, V_student)
-            sft = F.cross_entropy(logits, targets[rows], reduction="none")  # (chunk,)
-            if teacher_logits is None:
-                return sft, torch.zeros_like(sft)
-            with torch.no_grad():
-                teacher = teacher_logits(rows).float()  # (chunk, V_teacher)
-            kl = _forward_kl(logits, teacher, shared, temperature)  # (chunk,)
-            return sft, torch.where(counted[rows], kl, 0.0)
-
-        # The heads have no dropout: there is no random state to keep for the recomputation.
-        sft, kl = checkpoint(chunk_terms, student_hidden[rows], use_reentrant=False, preserve_rng_state=False)
-        sft_sum = sft_sum.index_add(0, pair_index[rows], sft)
-        kl_sum = kl_sum.index_add(0, pair_index[rows], kl)
-
-    tokens = torch.bincount(pair_index, minlength=num_pairs)  # (pairs,)
-    kl_tokens = torch.bincount(pair_index[counted], minlength=num_pairs)  # (pairs,)
-    return GenerativeTerms(
-        sft=sft_sum / tokens.clamp(min=1),
-        kl=kl_sum * temperature**2 / kl_tokens.clamp(min=1),
-        tokens=tokens,
-        kl_tokens=kl_tokens,
-    )
-
-
-def _shared_mask(shared_ids: torch.Tensor | int | None, device: torch.device) -> torch.Tensor | int | None:
-    """A mask whose True values are a prefix becomes their number: slicing is cheaper than masking."""
-    if not isinstance(shared_ids, torch.Tensor):
-        return shared_ids
-    if shared_ids.dim() != 1 or shared_ids.dtype != torch.bool:
-        raise ValueError(f"shared_ids must be a 1-d bool mask, got {shared_ids.dtype} {tuple(shared_ids.shape)}")
-    count = int(shared_ids.sum())
-    return count if bool(shared_ids[:count].all()) else shared_ids.to(device)
-
-
-def _counted(targets: torch.Tensor, shared: torch.Tensor | int | None) -> torch.Tensor:
-    """(tokens,) bool: the target is an id that both vocabularies have."""
-    if shared is None:
-        return torch.ones_like(targets, dtype=torch.bool)
-    if isinstance(shared, int):
-        return targets < shared
-    return (targets < shared.numel()) & shared[targets.clamp(max=shared.numel() - 1)]
-
-
-def _forward_kl(
-    student: torch.Tensor, teacher: torch.Tensor, shared: torch.Tensor | int | None, temperature: float
-) -> torch.Tensor:
-    """KL(p_T || p_S) over the shared ids: fp32 logits (chunk, V_student) and (chunk, V_teacher) -> (chunk,)."""
-    width = student.shape[1] if shared is None else shared if isinstance(shared, int) else shared.numel()
-    fits = student.shape[1] == teacher.shape[1] if shared is None else width <= min(student.shape[1], teacher.shape[1])
-    if not fits or teacher.shape[0] != student.shape[0]:
-        raise ValueError(
-            f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} do not fit together"
-            + (": give shared_ids" if shared is None else f" with {width} shared ids")
-        )
-    student, teacher = student[:, :width] / temperature, teacher[:, :width] / temperature  # (chunk, width)
-    if isinstance(shared, torch.Tensor):
-        student, teacher = student.masked_fill(~shared, REMOVED), teacher.masked_fill(~shared, REMOVED)
-    log_p_student, log_p_teacher = student.log_softmax(-1), teacher.log_softmax(-1)
-    return F.kl_div(log_p_student, log_p_teacher, reduction="none", log_target=True).sum(-1)

@@ -25,10 +25,11 @@ from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from distiller.records import InputError, parse_columns
 from RewardTrainer.train.arguments import DTYPES, DistilConfig, ModelArguments, parse
+from RewardTrainer.train.batches import PairCollator
 from RewardTrainer.train.checkpoint import load_student, load_tokenizer
-from RewardTrainer.train.data import PairCollator, PairFeatures, encode_pairs, load_pairs
+from RewardTrainer.train.data import PairFeatures, encode_pairs, load_pairs
 from RewardTrainer.train.losses import check_weights, loss_spec
-from RewardTrainer.train.student import LiveTeacher
+from RewardTrainer.train.student import LiveTeacher, choose_layout
 from RewardTrainer.train.trainer import DistilTrainer, generative_field, last_checkpoint
 from RewardTrainer.train.vocabulary import match_vocabularies
 
@@ -119,7 +120,10 @@ def main(arguments: list[str] | None = None) -> None:
         eval_dataset=eval_pairs or None,
         processing_class=tokenizer,
         data_collator=PairCollator(
-            tokenizer.pad_token_id, None if teacher_tokenizer is None else teacher_tokenizer.pad_token_id
+            tokenizer.pad_token_id,
+            None if teacher_tokenizer is None else teacher_tokenizer.pad_token_id,
+            layout=choose_layout("student", student.backbone, args.layout),
+            teacher_layout="padded" if teacher is None else choose_layout("teacher", teacher.backbone, args.layout),
         ),
     )
     check_launch(trainer)

@@ -2,13 +2,13 @@
 
 Why one `forward` for everything. ZeRO-3, FSDP and DDP act through hooks around `forward`: a reward read from one call
 and logits computed by hand from another would miss gathered parameters or gradient reduction. So one call takes every
-row of the batch (chosen, rejected, generative, in that order), passes the backbone once and returns per-pair values;
-the trainer only averages.
+row of the batch, passes the backbone once and returns rewards and the weighted generative loss; the trainer only
+averages.
 
 Four points that are easy to get wrong:
 
-1. The reward is read at the last token whose attention mask is 1, wherever the padding is, and the head works in fp32
-   with autocast off: a bf16 reward near 8 has steps of 1/32.
+1. The reward is read at a row's last token, wherever the padding is, and the head works in fp32 with autocast off: a
+   bf16 reward near 8 has steps of 1/32.
 2. Rewards never touch the LM head, and the LM head sees response tokens only.
 3. The LM head is one module with its own reference to the weight. Under ZeRO-3 a module gathers its own parameters
    once around its `forward`; calling `nn.Linear` once a chunk would gather once a chunk, and ranks with different
@@ -16,7 +16,7 @@ Four points that are easy to get wrong:
 4. Backbone and LM head of a tied model share one `nn.Parameter`; checkpoints write it once (`checkpoint.py`).
 """
 
-from collections.abc import Callable
+import logging
 from contextlib import contextmanager
 
 import torch
@@ -24,9 +24,14 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.utils.generic import is_flash_attention_requested
 
 from distiller.records import InputError
-from RewardTrainer.train.losses import generative_losses
+from RewardTrainer.train.batches import Layout
+from RewardTrainer.train.generative import GenerativeTerms, TeacherLogits, generative_losses
+from RewardTrainer.train.packing import Segments, run_packed, why_not
+
+logger = logging.getLogger(__name__)
 
 MLP_WIDTH = 1024  # hidden layer of the MLP head, as in the paper's code
 
@@ -75,16 +80,26 @@ class LanguageHead(nn.Module):
             if getattr(config, name, None) is not None:
                 self.scale = scale(getattr(config, name))
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(tokens, H) -> (tokens, V), as the whole causal LM would give them."""
-        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+    def logits(
+        self, hidden: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(tokens, H) -> (tokens, V), as the whole causal LM would give them; weight and bias None: the head's own."""
+        if weight is None:
+            weight, bias = self.weight, self.bias
+        logits = F.linear(hidden.to(weight.dtype), weight, bias)
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
+    def undo_cap(self, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Gradient by `logits` -> gradient by the linear layer's output, in place; both (tokens, V)."""
+        if self.cap is not None:
+            gradient.mul_(1 - (logits.float() / self.cap) ** 2)
+        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
+
     def forward(self, hidden: torch.Tensor, **terms) -> tuple[torch.Tensor, ...]:
-        """`losses.generative_losses` on hidden (tokens, H): sft, kl, tokens, kl_tokens, each (pairs,)."""
-        return tuple(generative_losses(hidden, self.logits, **terms))
+        """`generative.generative_losses` on hidden (tokens, H), as a plain tuple: hooks look for tensors in those."""
+        return tuple(generative_losses(hidden, self, **terms))
 
 
 class RewardStudent(nn.Module):
@@ -113,9 +128,15 @@ class RewardStudent(nn.Module):
         """Called by the Trainer for `--gradient_checkpointing`; the options are those of `PreTrainedModel`."""
         self.backbone.gradient_checkpointing_enable(**options)
 
-    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(rows, L) -> (rows, L, H), after the final norm."""
-        return self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        segments: Segments | None = None,
+    ) -> torch.Tensor:
+        """(rows, L) -> (rows, L, H), after the final norm; packed (1, N) -> (1, N, H)."""
+        return _hidden_states(self.backbone, input_ids, attention_mask, position_ids, segments)
 
     def read_rewards(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(rows, L, H), (rows, L) -> fp32 (rows,): the head at each row's last token that is not padding."""
@@ -127,42 +148,64 @@ class RewardStudent(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        num_pairs: int | None = None,
-        gen_mask: torch.Tensor | None = None,
-        teacher_logits: Callable[[slice], torch.Tensor] | None = None,
-        shared_ids: torch.Tensor | int | None = None,
-        temperature: float = 1.0,
-        chunk_size: int = 1024,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        segments: Segments | None = None,
+        reward_index: torch.Tensor | None = None,
+        gen_index: torch.Tensor | None = None,
+        gen_targets: torch.Tensor | None = None,
+        gen_pairs: torch.Tensor | None = None,
+        **terms,
     ) -> dict[str, torch.Tensor]:
-        """Rewards of every row, and the generative terms of every pair.
+        """Rewards, and the generative terms.
 
-        input_ids, attention_mask (rows, L): with `num_pairs` = B, rows 0..B-1 are chosen, B..2B-1 rejected and
-            2B..3B-1 the generative sequences; where there are only 2B rows, the chosen ones are the generative
-            sequences.
-        gen_mask (B, L): 1 at the response tokens of the generative sequences; None leaves their terms out.
-        The other arguments go to `losses.generative_losses`, whose token axis is gen_mask read row by row.
+        The rows are those of `batches.PairCollator`, in either layout: padded (rows, L) with attention_mask, or (1, N)
+        with position_ids and segments.
+        reward_index (rewards,): where rewards are read in the flattened rows; None: at each row's last token.
+        gen_index, gen_targets, gen_pairs (tokens,): the response tokens, see `batches.py`; None leaves their terms
+            out. `terms` goes to `generative.generative_losses`.
 
-        Returns {"rewards": fp32 (rows,) or (2B,)} and, with gen_mask, {"sft", "kl", "tokens", "kl_tokens"}, each (B,).
+        Returns {"rewards": fp32 (rewards,)} and, with gen_index, the fields of `generative.GenerativeTerms`.
         """
-        scored = input_ids.shape[0] if num_pairs is None else 2 * num_pairs
-        hidden = self.hidden_states(input_ids, attention_mask)  # (rows, L, H)
-        outputs = {"rewards": self.read_rewards(hidden[:scored], attention_mask[:scored])}
-        if gen_mask is None:
+        hidden = self.hidden_states(input_ids, attention_mask, position_ids, segments)
+        flat = hidden.flatten(0, 1)  # (rows * L, H)
+        if reward_index is None:
+            outputs = {"rewards": self.read_rewards(hidden, attention_mask)}
+        else:
+            outputs = {"rewards": self.score(flat[reward_index]).squeeze(-1)}
+        if gen_index is None:
             return outputs
-        first = scored if input_ids.shape[0] > scored else 0
-        rows, positions = gen_mask.nonzero(as_tuple=True)  # (tokens,), (tokens,)
-        sft, kl, tokens, kl_tokens = self.language_head(
-            hidden[first + rows, positions - 1],  # (tokens, H): the state before each response token predicts it
-            targets=input_ids[first + rows, positions],
-            pair_index=rows,
-            num_pairs=num_pairs,
-            teacher_logits=teacher_logits,
-            shared_ids=shared_ids,
-            temperature=temperature,
-            chunk_size=chunk_size,
-        )
-        return outputs | {"sft": sft, "kl": kl, "tokens": tokens, "kl_tokens": kl_tokens}
+        values = self.language_head(flat[gen_index], targets=gen_targets, pair_index=gen_pairs, **terms)
+        return outputs | dict(zip(GenerativeTerms._fields, values, strict=True))
+
+
+def _hidden_states(backbone, input_ids, attention_mask, position_ids, segments) -> torch.Tensor:
+    """Last hidden states of padded rows, or of a packed batch where there are segments."""
+    if segments is not None:
+        return run_packed(backbone, input_ids, position_ids, segments)
+    return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+def runnable(backbone: PreTrainedModel) -> bool:
+    """Whether the model can be tried now: not with its weights in parts (ZeRO-3), nor flash attention on a CPU."""
+    flash = is_flash_attention_requested(backbone.config) and backbone.device.type == "cpu"
+    return not flash and not hf_deepspeed.is_deepspeed_zero3_enabled()
+
+
+def choose_layout(name: str, backbone: PreTrainedModel, wanted: Layout | None) -> Layout:
+    """`--layout`, or the best one that this model allows; `name` is for what is said about it.
+
+    Raises InputError with the reason where a wanted layout cannot be served.
+    """
+    if wanted == "padded":
+        return wanted
+    reason = why_not(backbone, runnable(backbone))
+    if reason is None:
+        return wanted or "shared_prefix"
+    if wanted is not None:
+        raise InputError(f"--layout {wanted}: the {name} cannot be run so: {reason}; use --layout padded")
+    logger.info("%s: rows are padded, because %s", name, reason)
+    return "padded"
 
 
 def split_causal_lm(lm: PreTrainedModel) -> tuple[PreTrainedModel, LanguageHead]:
@@ -171,7 +214,7 @@ def split_causal_lm(lm: PreTrainedModel) -> tuple[PreTrainedModel, LanguageHead]
     if backbone is lm or not isinstance(output, nn.Linear):
         raise InputError(f"{type(lm).__name__} is not a backbone with a linear LM head on top; it cannot be a student")
     language_head = LanguageHead(output.weight, output.bias, lm.config)
-    if not hf_deepspeed.is_deepspeed_zero3_enabled():  # partitioned weights cannot be run before the engine exists
+    if runnable(backbone):
         ids = torch.arange(4, device=output.weight.device).unsqueeze(0) + lm.config.vocab_size // 2
         training = lm.training
         lm.eval()
@@ -216,15 +259,19 @@ class LiveTeacher:
 
     @torch.no_grad()
     def logits_for(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, response_mask: torch.Tensor
-    ) -> Callable[[slice], torch.Tensor]:
-        """Teacher logits of every response token, on demand, for `losses.generative_losses`.
+        self,
+        input_ids: torch.Tensor,
+        index: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        segments: Segments | None = None,
+    ) -> TeacherLogits:
+        """Teacher logits of the response tokens, on demand, for `generative.generative_losses`.
 
-        All arguments are (pairs, L) in the teacher's own tokens and template; response_mask is 1 at the response
-        tokens. The backbone runs here, once; the LM head runs when a slice of the tokens, read row by row, is asked
-        for.
+        The rows are in the teacher's own tokens and template, padded or packed; index (tokens,) is `teacher_index` of
+        `batches.py`. The backbone runs here, once; the LM head runs when a slice of the tokens is asked for, so no
+        (tokens, V) tensor exists here either.
         """
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        rows, positions = response_mask.nonzero(as_tuple=True)
-        picked = hidden[rows, positions - 1]  # (tokens, H)
+        hidden = _hidden_states(self.backbone, input_ids, attention_mask, position_ids, segments)
+        picked = hidden.flatten(0, 1)[index]  # (tokens, H)
         return lambda tokens: self.language_head.logits(picked[tokens])

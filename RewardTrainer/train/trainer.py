@@ -8,33 +8,46 @@ ranks (by DDP and DeepSpeed alike). So each micro-batch returns
 
 and a ragged last micro-batch weighs what it holds. The number of pairs is gathered over ranks before the step's first
 forward.
+
+With `--max_tokens_per_batch` the pairs that the data loader hands out at once go through the model in as many forwards
+as the budget asks for. Which pairs make a step, and their mean, stay what they are. All ranks take the same number of
+forwards: they agree on the largest, and one that runs out of pairs goes through with one that weighs 0.
 """
 
 import logging
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from transformers import EvalPrediction, Trainer
 
 from distiller.records import InputError
 from RewardTrainer.train import checkpoint
+from RewardTrainer.train.batches import PairCollator, list_features, split_to
 from RewardTrainer.train.losses import check_weights, loss_spec, reward_loss
 from RewardTrainer.train.student import LiveTeacher
 
 logger = logging.getLogger(__name__)
 
 COMPLETE_FILE = "checkpoint_complete"
-TEACHER_KEYS = ("teacher_input_ids", "teacher_attention_mask", "teacher_mask")
+STUDENT_KEYS = (
+    *("input_ids", "attention_mask", "position_ids", "segments"),
+    *("reward_index", "gen_index", "gen_targets", "gen_pairs"),
+)
+TEACHER_KEYS = ("input_ids", "index", "attention_mask", "position_ids", "segments")
 # Columns of what evaluation gathers, one row a pair.
 COLUMNS = ("chosen", "rejected", "margin", "loss_reward", "sft", "kl", "tokens", "kl_tokens")
 
 
 class DistilTrainer(Trainer):
-    """Trains a `RewardStudent` on batches of `data.PairCollator`; `args` is a `DistilConfig`.
+    """Trains a `RewardStudent` on pairs; `args` is a `DistilConfig`.
 
-    teacher: for a loss with a KL term. shared_ids: `SharedVocabulary.shared`, None for equal vocabularies.
+    data_collator: makes a micro-batch of pairs (the data loader only hands them out). teacher: for a loss with a KL
+    term. shared_ids: `SharedVocabulary.shared`, None for equal vocabularies.
     """
 
     loss_is_scaled_for_ga = True
@@ -42,11 +55,15 @@ class DistilTrainer(Trainer):
     def __init__(
         self,
         *trainer_args,
+        data_collator: PairCollator,
         teacher: LiveTeacher | None = None,
         shared_ids: torch.Tensor | None = None,
         **trainer_kwargs,
     ):
-        super().__init__(*trainer_args, compute_metrics=self.pair_metrics, **trainer_kwargs)
+        super().__init__(
+            *trainer_args, data_collator=list_features, compute_metrics=self.pair_metrics, **trainer_kwargs
+        )
+        self.collate = data_collator
         self.sft_weight, self.kl_weight = check_weights(
             self.args.loss_type, self.args.sft_weight, self.args.kl_weight, self.args.margin_scale
         )
@@ -71,23 +88,52 @@ class DistilTrainer(Trainer):
             for name, value in inputs.items()
         }
 
+    def micro_batches(self, features: Sequence[dict]) -> Iterator[dict]:
+        """The pairs in as many batches as the token budget asks for, the same number on every rank.
+
+        A batch that only keeps step with other ranks has "idle": True; its pair must not count.
+        """
+        groups = [list(features)]
+        if self.args.max_tokens_per_batch is not None:
+            groups = self.collate.micro_batches(features, self.args.max_tokens_per_batch)
+            count = torch.tensor(len(groups), device=self.args.device)
+            groups = split_to(groups, int(self.accelerator.gather(count).max()))
+        for group in groups:
+            yield self.collate(group or features[:1]) | {"idle": not group}
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward for each micro-batch; gradients are synchronized with the last one alone."""
+        batches = list(self.micro_batches(inputs["features"]))
+        state = self.accelerator.gradient_state
+        sync, total = state.sync_gradients, 0.0
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            state._set_sync_gradients(sync and last)
+            engine = self.accelerator.distributed_type == DistributedType.DEEPSPEED  # it goes by `sync_gradients`
+            with nullcontext() if last or engine else self.accelerator.no_sync(model):
+                total = total + super().training_step(model, batch, num_items_in_batch)
+        return total
+
     def pair_terms(self, model: torch.nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
-        """Rewards and loss terms of a batch, each (pairs,): the names of `COLUMNS` that the batch has."""
+        """Rewards and loss terms of a batch, each (pairs,): the names of `COLUMNS` that the batch has.
+
+        And "generative", where the loss has language-model terms: their weighted sum over the pairs, a scalar, which
+        alone carries their gradient.
+        """
         pairs = len(inputs["labels"])
-        arguments = {
-            "input_ids": inputs["input_ids"],
-            "attention_mask": inputs["attention_mask"],
-            "num_pairs": pairs,
-        }
-        if "gen_mask" in inputs:
+        arguments = {key: inputs[key] for key in STUDENT_KEYS if key in inputs}
+        if "gen_index" in inputs:
             arguments |= {
-                "gen_mask": inputs["gen_mask"],
+                "num_pairs": pairs,
+                "sft_weight": self.sft_weight,
+                "kl_weight": self.kl_weight,
                 "shared_ids": self.shared_ids,
                 "temperature": self.args.kl_temperature,
                 "chunk_size": self.args.chunk_size,
             }
             if self.teacher is not None and self.kl_weight:
-                arguments["teacher_logits"] = self.teacher.logits_for(*(inputs[key] for key in TEACHER_KEYS))
+                rows = {key: inputs[f"teacher_{key}"] for key in TEACHER_KEYS if f"teacher_{key}" in inputs}
+                arguments["teacher_logits"] = self.teacher.logits_for(**rows)
         outputs = model(**arguments)
         chosen, rejected = outputs["rewards"][:pairs], outputs["rewards"][pairs : 2 * pairs]
         fields = {name: inputs.get(name) for name in ("margin", "chosen_score", "rejected_score")}
@@ -99,31 +145,27 @@ class DistilTrainer(Trainer):
             ),
         }
         terms |= {name: outputs[name] for name in ("sft", "kl", "tokens", "kl_tokens") if name in outputs}
+        if "loss" in outputs:
+            terms["generative"] = outputs["loss"]
         if fields["margin"] is not None:
             terms["margin"] = fields["margin"]
         return terms
 
-    def pair_losses(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The weighted sum of the terms, (pairs,)."""
-        losses = self.args.reward_weight * terms["loss_reward"]
-        if self.sft_weight:
-            losses = losses + self.sft_weight * terms["sft"]
-        if self.kl_weight:
-            losses = losses + self.kl_weight * terms["kl"]
-        return losses
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """See the module docstring; `num_items_in_batch` is the number of pairs of the step over all ranks."""
         terms = self.pair_terms(model, inputs)
-        losses = self.pair_losses(terms)
-        if not bool(torch.isfinite(losses).all()):
-            rows = inputs["pair_index"][~torch.isfinite(losses)].tolist()
+        total = self.args.reward_weight * terms["loss_reward"].sum() + terms.get("generative", 0.0)
+        if inputs.get("idle"):
+            return total * 0.0  # no pair of this step: the others' forwards need this one beside them
+        if not bool(torch.isfinite(total)):
+            pairs = sum(terms[name] for name in ("loss_reward", "sft", "kl") if name in terms)  # (pairs,)
+            rows = inputs["pair_index"][~torch.isfinite(pairs)].tolist()
             raise FloatingPointError(
                 f"step {self.state.global_step}: the loss of training rows {self.row_names(rows)} is not finite; "
                 "lower --learning_rate or look at these rows"
             )
         self._count(terms)
-        loss = losses.sum() * (self.args.world_size / num_items_in_batch)
+        loss = total * (self.args.world_size / num_items_in_batch)
         return (loss, terms) if return_outputs else loss
 
     def row_names(self, rows: list[int]) -> list[str]:
@@ -158,12 +200,19 @@ class DistilTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """No loss (it would be averaged over batches, ragged or not) but a matrix (pairs, columns), then gathered."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            terms = self.pair_terms(model, inputs)
-        missing = torch.full_like(terms["chosen"], math.nan)
-        matrix = torch.stack([terms.get(name, missing).float() for name in COLUMNS], dim=1)  # (pairs, columns)
-        return None, matrix, inputs["labels"]
+        parts, order = [], []
+        for batch in self.micro_batches(inputs["features"]):
+            batch = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                terms = self.pair_terms(model, batch)
+            if not batch["idle"]:
+                missing = torch.full_like(terms["chosen"], math.nan)
+                parts.append(torch.stack([terms.get(name, missing).float() for name in COLUMNS], dim=1))
+                order += batch["pair_index"].tolist()
+        matrix = torch.cat(parts)  # (pairs, columns)
+        place = {pair: i for i, pair in enumerate(order)}
+        matrix = matrix[[place[feature["pair_index"]] for feature in inputs["features"]]]
+        return None, matrix, inputs["labels"].to(self.args.device)
 
     def pair_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Means over held-out pairs, each pair once.
