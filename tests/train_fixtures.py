@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -32,28 +32,34 @@ def tiny_tokenizer(pad: str | None = "<|endoftext|>") -> PreTrainedTokenizerFast
 
 
 def tiny_model(
-    path: Path, hidden: int = 32, layers: int = 2, tied: bool = True, vocab: int = 384, seed: int = 0, **config
+    path: Path,
+    hidden: int = 32,
+    layers: int = 2,
+    tied: bool = True,
+    vocab: int = 384,
+    seed: int = 0,
+    family: str = "qwen2",
+    **config,
 ) -> Path:
-    """A random Qwen2 causal LM with its tokenizer, saved to `path`; biases and norms are random too."""
+    """A random causal LM of a family with its tokenizer, saved to `path`; biases and norms are random too."""
     tokenizer = tiny_tokenizer()
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=vocab,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            tie_word_embeddings=tied,
-            initializer_range=0.1,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **config,
-        )
-    )
+    shape = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": hidden // 4,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.1,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape | config))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -102,8 +108,8 @@ def make_trainer(
     from transformers import set_seed
 
     from RewardTrainer.train.arguments import DistilConfig
-    from RewardTrainer.train.checkpoint import load_student, load_tokenizer
     from RewardTrainer.train.batches import PairCollator
+    from RewardTrainer.train.checkpoint import load_student, load_tokenizer
     from RewardTrainer.train.data import encode_pairs
     from RewardTrainer.train.losses import check_weights
     from RewardTrainer.train.student import LiveTeacher, choose_layout
@@ -123,7 +129,7 @@ def make_trainer(
     if kl_weight and teacher_path is not None:
         teacher_tokenizer = load_tokenizer(str(teacher_path))
         teacher = LiveTeacher.load(str(teacher_path), args.device, dtype=torch.float32)
-        student_size = Qwen2Config.from_pretrained(student_path).vocab_size
+        student_size = AutoConfig.from_pretrained(student_path).vocab_size
         shared = match_vocabularies(tokenizer, teacher_tokenizer, student_size, teacher.config.vocab_size).shared
 
     def encode(rows: list[dict]) -> list[dict]:

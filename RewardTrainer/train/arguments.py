@@ -107,7 +107,7 @@ class DistilConfig(TrainingArguments):
         },
     )
     chunk_size: int = field(
-        default=512, metadata={"help": "Response tokens whose logits exist at once; less needs less memory."}
+        default=256, metadata={"help": "Response tokens whose logits exist at once; less needs less memory."}
     )
     save_lm: bool = field(
         default=False, metadata={"help": "Also write the student's language model, to <output_dir>/lm."}

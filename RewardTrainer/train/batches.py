@@ -113,16 +113,19 @@ def list_features(features: Sequence[Mapping]) -> dict:
 
 
 def split_to(groups: list[list], count: int) -> list[list]:
-    """The same pairs in `count` groups, no fewer than given, by halving the largest; empty groups where pairs run out.
+    """The same pairs in `count` groups, no fewer than given, by halving the one with the most pairs.
 
-    Ranks that share weights (ZeRO-3, FSDP) must go through the model equally often.
+    Ranks that share weights (ZeRO-3, FSDP) must go through the model equally often; they have equally many pairs.
     """
     groups = [list(group) for group in groups]
     while len(groups) < count:
-        largest = max(groups, key=len)
-        half = len(largest) // 2
-        groups.append(largest[:half])
-        largest[:] = largest[half:]
+        most = max(groups, key=len)
+        if len(most) == 1:
+            raise ValueError(
+                f"{len(groups)} pairs cannot be cut into {count} micro-batches: ranks have unequal batches"
+            )
+        groups.append(most[len(most) // 2 :])
+        del most[len(most) // 2 :]
     return groups
 
 

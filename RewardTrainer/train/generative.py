@@ -26,8 +26,8 @@ from torch import nn
 
 # Logit of an id taken out of a distribution: its probability is exactly 0, and unlike -inf it leaves 0 * (a - b) = 0.
 REMOVED = -1e30
-# fp32 logits that the elementwise work is done on at once: what a CPU's cache holds, what keeps a GPU busy.
-BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+# fp32 logits that elementwise work is done on at once: what the cache of a CPU's core holds; what keeps a GPU busy.
+BLOCK_ELEMENTS = {"cpu": 2**18 * torch.get_num_threads(), "cuda": 2**25}
 
 TeacherLogits = Callable[[slice], torch.Tensor]
 """A slice of a batch's response tokens -> the teacher's logits (chunk, V_teacher); called without gradient."""
@@ -67,7 +67,7 @@ def generative_losses(
     kl_weight: float | torch.Tensor = 1.0,
     shared_ids: torch.Tensor | int | None = None,
     temperature: float = 1.0,
-    chunk_size: int = 512,
+    chunk_size: int = 256,
 ) -> GenerativeTerms:
     """SFT and forward KL per pair, and their weighted sum, `chunk_size` tokens at a time; see the module docstring.
 

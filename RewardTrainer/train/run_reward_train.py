@@ -21,7 +21,9 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType
-from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.utils import is_liger_kernel_available
 
 from distiller.records import InputError, parse_columns
 from RewardTrainer.train.arguments import DTYPES, DistilConfig, ModelArguments, parse
@@ -107,6 +109,11 @@ def main(arguments: list[str] | None = None) -> None:
             model_args.teacher_model, args.device, dtype=DTYPES[model_args.teacher_dtype], **code, **load_args
         )
 
+    layout = choose_layout("student", student.backbone, args.layout)
+    teacher_layout = "padded" if teacher is None else choose_layout("teacher", teacher.backbone, args.layout)
+    if args.use_liger_kernel:
+        use_liger(student.backbone, args)
+
     # Training
     resume_from = find_checkpoint(args)
     if resume_from is None and eval_pairs:
@@ -122,8 +129,8 @@ def main(arguments: list[str] | None = None) -> None:
         data_collator=PairCollator(
             tokenizer.pad_token_id,
             None if teacher_tokenizer is None else teacher_tokenizer.pad_token_id,
-            layout=choose_layout("student", student.backbone, args.layout),
-            teacher_layout="padded" if teacher is None else choose_layout("teacher", teacher.backbone, args.layout),
+            layout=layout,
+            teacher_layout=teacher_layout,
         ),
     )
     check_launch(trainer)
@@ -174,6 +181,18 @@ def check_path(flag: str, path: str | None) -> None:
 def vocabulary_size(path: str, **load_args) -> int:
     """Number of logits of the model at `path`, from its config."""
     return AutoConfig.from_pretrained(path, **load_args).get_text_config().vocab_size
+
+
+def use_liger(backbone: PreTrainedModel, args: DistilConfig) -> None:
+    """`--use_liger_kernel`: Liger's norms, MLPs and rotary embeddings in the student; its losses have no place here.
+
+    The Trainer would look for them in a `PreTrainedModel`, find the student around one, and apply none.
+    """
+    if args.device.type == "cpu" or not is_liger_kernel_available():
+        raise InputError("--use_liger_kernel: needs a GPU, and liger-kernel installed; train without it")
+    own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    apply_liger_kernel(backbone, (args.liger_kernel_config or {}) | own)
+    args.use_liger_kernel = False
 
 
 def describe(pairs: list[PairFeatures], counts: Counter) -> str:

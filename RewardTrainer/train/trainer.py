@@ -11,7 +11,7 @@ forward.
 
 With `--max_tokens_per_batch` the pairs that the data loader hands out at once go through the model in as many forwards
 as the budget asks for. Which pairs make a step, and their mean, stay what they are. All ranks take the same number of
-forwards: they agree on the largest, and one that runs out of pairs goes through with one that weighs 0.
+forwards, the largest that one of them needs.
 """
 
 import logging
@@ -89,17 +89,14 @@ class DistilTrainer(Trainer):
         }
 
     def micro_batches(self, features: Sequence[dict]) -> Iterator[dict]:
-        """The pairs in as many batches as the token budget asks for, the same number on every rank.
-
-        A batch that only keeps step with other ranks has "idle": True; its pair must not count.
-        """
+        """The pairs in as many batches as the token budget asks for, the same number on every rank."""
         groups = [list(features)]
         if self.args.max_tokens_per_batch is not None:
             groups = self.collate.micro_batches(features, self.args.max_tokens_per_batch)
             count = torch.tensor(len(groups), device=self.args.device)
             groups = split_to(groups, int(self.accelerator.gather(count).max()))
         for group in groups:
-            yield self.collate(group or features[:1]) | {"idle": not group}
+            yield self.collate(group)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward for each micro-batch; gradients are synchronized with the last one alone."""
@@ -155,8 +152,6 @@ class DistilTrainer(Trainer):
         """See the module docstring; `num_items_in_batch` is the number of pairs of the step over all ranks."""
         terms = self.pair_terms(model, inputs)
         total = self.args.reward_weight * terms["loss_reward"].sum() + terms.get("generative", 0.0)
-        if inputs.get("idle"):
-            return total * 0.0  # no pair of this step: the others' forwards need this one beside them
         if not bool(torch.isfinite(total)):
             pairs = sum(terms[name] for name in ("loss_reward", "sft", "kl") if name in terms)  # (pairs,)
             rows = inputs["pair_index"][~torch.isfinite(pairs)].tolist()
@@ -205,10 +200,9 @@ class DistilTrainer(Trainer):
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 terms = self.pair_terms(model, batch)
-            if not batch["idle"]:
-                missing = torch.full_like(terms["chosen"], math.nan)
-                parts.append(torch.stack([terms.get(name, missing).float() for name in COLUMNS], dim=1))
-                order += batch["pair_index"].tolist()
+            missing = torch.full_like(terms["chosen"], math.nan)
+            parts.append(torch.stack([terms.get(name, missing).float() for name in COLUMNS], dim=1))
+            order += batch["pair_index"].tolist()
         matrix = torch.cat(parts)  # (pairs, columns)
         place = {pair: i for i, pair in enumerate(order)}
         matrix = matrix[[place[feature["pair_index"]] for feature in inputs["features"]]]
