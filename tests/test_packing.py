@@ -14,7 +14,9 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    PhimoeConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3NextConfig,
 )
@@ -47,6 +49,13 @@ MODELS = {
     "mistral window": MistralConfig(**SHAPE, sliding_window=6),
     "cohere2 window": Cohere2Config(**SHAPE, sliding_window=6),
 }
+
+
+# Wider than the rows a model is tried on: what goes wrong there must be seen otherwise.
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+WIDE = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
+QWEN2_MOE = Qwen2MoeConfig(**SHAPE, **EXPERTS, **WIDE, shared_expert_intermediate_size=16)
+PHIMOE = PhimoeConfig(**SHAPE | {"bos_token_id": 1, "eos_token_id": 2}, num_local_experts=2, sliding_window=64)
 
 
 def build(config):
@@ -195,13 +204,15 @@ def test_attention_without_segments_is_untouched():
             ),
             "linear_attention",
         ),
+        (QWEN2_MOE, "sliding windows that it writes into the mask alone"),
+        (PHIMOE, "sliding windows that it writes into the mask alone"),
         (GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=97, attn_implementation="eager"), "eager cannot"),
         (
             FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2),
             "attention interface",
         ),
     ],
-    ids=["linear layers", "eager", "own attention"],
+    ids=["linear layers", "windows in the mask", "windows without layer types", "eager", "own attention"],
 )  # fmt: skip
 def test_model_that_cannot_take_segments_is_padded_or_refused_with_the_reason(config, reason, caplog):
     model = AutoModel.from_config(config)
@@ -222,6 +233,19 @@ def test_model_whose_packed_rows_come_out_otherwise_is_refused():
         hidden_states.cumsum(1), **rest
     )  # looks beyond its own token
     assert "other hidden states" in why_not(model, runnable=True)
+
+
+def test_model_whose_windows_are_in_the_mask_alone_is_served_where_it_has_none():
+    config = Qwen2MoeConfig(**SHAPE, **EXPERTS, shared_expert_intermediate_size=16)
+    assert choose_layout("student", build(config), None) == "shared_prefix"
+
+
+def test_windows_that_attention_is_not_told_are_an_error_where_the_model_could_not_be_tried():
+    model = build(QWEN2_MOE)
+    assert why_not(model, runnable=False) is None  # ZeRO-3 holds its weights in parts
+    ids, positions, segments, _ = pack([[np.arange(1, 9)]], share=True)
+    with pytest.raises(RuntimeError, match="sliding windows.*--layout padded"):
+        run_packed(model, ids, positions, segments)
 
 
 def test_forward_whose_attention_never_saw_the_segments_is_an_error():

@@ -105,6 +105,24 @@ def test_step_without_padding_and_with_shared_prefixes_is_the_plain_one(models, 
     check(trainer, student, models["teacher"])
 
 
+@pytest.mark.parametrize("layout", ["shared_prefix", "padding_free"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rewards_and_terms_of_every_pair_are_those_of_padded_rows(models, tmp_path, family, layout):
+    terms = {}
+    for name in (layout, "padded"):
+        trainer = make_trainer(models[f"{family}-tied"], tmp_path, pair_rows(6), models["teacher"], layout=name)
+        assert trainer.collate.layout == trainer.collate.teacher_layout == name
+        with torch.no_grad():
+            batch = trainer._prepare_inputs(trainer.collate(trainer.train_dataset))
+            terms[name] = trainer.pair_terms(trainer.model, batch)
+    assert terms[layout].keys() == terms["padded"].keys() >= {"chosen", "rejected", "sft", "kl", "generative"}
+    assert len(terms[layout]["chosen"].unique()) == 6
+    for name, values in terms["padded"].items():
+        torch.testing.assert_close(
+            terms[layout][name], values, rtol=0, atol=1e-4, msg=lambda t, name=name: f"{name}: {t}"
+        )
+
+
 @pytest.mark.parametrize("layout", ["padding_free", "padded"])
 def test_step_in_the_other_layouts_is_the_plain_one(models, tmp_path, layout):
     trainer = make_trainer(models["qwen2-untied"], tmp_path, pair_rows(6), models["teacher"], layout=layout, **WEIGHTS)

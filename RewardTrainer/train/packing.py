@@ -104,6 +104,7 @@ class Segments:
     lengths: tuple[int, ...]
     paths: tuple[tuple[int, ...], ...]
     calls: int = 0  # attention calls so far: 0 after a forward means that the model's attention never asked
+    windows: int = 0  # those that were told a sliding window
     _cache: dict = field(default_factory=dict, repr=False)  # masks and index tensors: the same in every layer
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
@@ -154,6 +155,7 @@ def segment_attention(
     if segments is None:
         return stock(module, query, key, value, attention_mask, **options)
     segments.calls += 1
+    segments.windows += options.get("sliding_window") is not None
     return by_segment(stock, module, query, key, value, segments, **options)
 
 
@@ -186,11 +188,22 @@ def run_packed(
     hidden = backbone(
         input_ids=input_ids, position_ids=position_ids, attention_mask=unread, use_cache=False, segments=segments
     ).last_hidden_state
-    if not segments.calls:
-        raise RuntimeError(
-            f"{type(backbone).__name__} did not hand its segments to attention: train it with --layout padded"
-        )
+    fault = _misread(backbone, segments)
+    if fault is not None:
+        raise RuntimeError(f"{fault}; train it with --layout padded")
     return hidden
+
+
+def _misread(backbone: torch.nn.Module, segments: Segments) -> str | None:
+    """What was wrong with the attention calls of a forward that has just ended; None where nothing was."""
+    config, name = backbone.config, type(backbone).__name__
+    if not segments.calls:
+        return f"{name} does not hand its segments to attention"
+    types = getattr(config, "layer_types", None)
+    some = getattr(config, "sliding_window", None) is not None  # without types: of unknown layers
+    if segments.windows < (types.count("sliding_attention") if types else some):
+        return f"{name} has sliding windows that it writes into the mask alone, which packed rows do not have"
+    return None
 
 
 def pack(
@@ -246,30 +259,29 @@ def why_not(backbone: PreTrainedModel, runnable: bool) -> str | None:
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None):
         return f"{name} does not attend causally"
     serve_segments(backbone)
-    if runnable and not _packs_right(backbone):
-        return f"{name} gives other hidden states on packed rows than on padded ones"
-    return None
+    return _trial(backbone) if runnable else None
 
 
 @torch.no_grad()
-def _packs_right(backbone: PreTrainedModel) -> bool:
-    """Hidden states of rows with common prefixes, packed, against those of the model's own padded forward."""
+def _trial(backbone: PreTrainedModel) -> str | None:
+    """Rows with common prefixes, packed, against the model's own padded forward: what is wrong, or None."""
     first = backbone.config.get_text_config().vocab_size // 2
     prompt, answer = first + np.arange(MIN_SHARED + 1), first - 1 - np.arange(MIN_SHARED + 2)
     rows = [np.concatenate([prompt, answer[:cut]]) for cut in (3, 1)] + [np.concatenate([prompt, answer[::-1]])]
     rows.append(np.concatenate([prompt, answer]))
     device, training = backbone.device, backbone.training
+    other = f"{type(backbone).__name__} gives other hidden states on packed rows than on padded ones"
+    ids, position_ids, segments, places = pack([rows], share=True)
     backbone.eval()
     try:
-        ids, position_ids, segments, places = pack([rows], share=True)
         packed = run_packed(backbone, ids.to(device), position_ids.to(device), segments)[0]
         for row, place in zip(rows, places[0], strict=True):
             alone = backbone(input_ids=torch.from_numpy(row)[None].to(device), use_cache=False).last_hidden_state[0]
             tolerance = 1e-2 * alone.abs().max().item()
             if not torch.allclose(packed[torch.from_numpy(place).to(device)], alone, rtol=1e-2, atol=tolerance):
-                return False
-    except (RuntimeError, TypeError):  # it knows no `segments`, or never used them
-        return False
+                return other
+    except (RuntimeError, TypeError):  # it knows no `segments`, or did not use them as it must
+        return _misread(backbone, segments) or other
     finally:
         backbone.train(training)
-    return True
+    return None

@@ -3,8 +3,8 @@
 KL(p_T || p_S) compares probabilities id by id, so an id must mean the same token on both sides. The rule: every token
 the student's tokenizer knows has the same id in the teacher's. The teacher may know more (Qwen3 over Qwen2.5 adds a
 few), and both models may pad their embedding beyond their tokenizer; such ids are not shared, and
-`losses.generative_losses` takes them out of both distributions. Sizes prove nothing: two models of 151,936 logits can
-disagree, and two that agree on every token can be of different sizes.
+`generative.generative_losses` takes them out of both distributions. Sizes prove nothing: two models of 151,936 logits
+can disagree, and two that agree on every token can be of different sizes.
 
 It needs configs and tokenizers alone: call it before any weight is read, so that a wrong pair fails in seconds.
 """
