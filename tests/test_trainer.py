@@ -123,7 +123,7 @@ def test_logged_terms_add_up_to_the_logged_loss(models, tmp_path):
 
 
 def test_evaluation_counts_each_pair_once_whatever_the_batch_size(models, tmp_path):
-    results = []
+    results, tables = [], []
     for batch_size, budget in ((1, None), (3, None), (7, None), (3, 80)):  # 3: the last batch has one pair
         trainer = make_trainer(
             models["tied"],
@@ -136,8 +136,10 @@ def test_evaluation_counts_each_pair_once_whatever_the_batch_size(models, tmp_pa
         )
         metrics = trainer.evaluate()
         results.append({k: v for k, v in metrics.items() if k != "epoch" and "second" not in k and "time" not in k})
-    for other in results[1:]:
+        tables.append(trainer.predict(trainer.eval_dataset).predictions)
+    for other, table in zip(results[1:], tables[1:], strict=True):
         assert other == pytest.approx(results[0], rel=1e-4)
+        assert table == pytest.approx(tables[0], rel=1e-4, abs=1e-4)  # in order: what ranks repeat is cut off the end
     batch = trainer._prepare_inputs(trainer.collate(trainer.eval_dataset))
     with torch.no_grad():
         terms = {name: tensor.double().numpy() for name, tensor in trainer.pair_terms(trainer.model, batch).items()}
