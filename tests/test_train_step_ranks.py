@@ -73,14 +73,15 @@ def test_step_under_zero3_with_unequal_micro_batches_is_the_plain_one(tmp_path, 
 
 
 @pytest.mark.slow
-def test_step_under_fsdp2_is_the_plain_one(tmp_path):
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_step_under_fsdp_is_the_plain_one(tmp_path, version):
     path = tiny_model(tmp_path / "base")
     teacher = tiny_model(tmp_path / "teacher", hidden=48, seed=1, vocab=400)
     rows = pair_rows(6)
     _, loss, gradients = start(path, teacher, rows, tmp_path)
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    driver = [str(Path(__file__).parent / "fsdp_driver.py"), tmp_path / "start", teacher, tmp_path / "rows.json"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *driver]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [Path(__file__).parent / "fsdp_driver.py", version, tmp_path / "start", teacher, tmp_path / "rows.json"]
     done = subprocess.run([*command, tmp_path / "out"], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     ours = load_file(tmp_path / "out")

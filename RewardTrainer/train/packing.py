@@ -22,7 +22,7 @@ other included. `why_not` says which models must be left to padded rows.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
@@ -93,19 +93,22 @@ def common_prefix(rows: Sequence[np.ndarray], start: int = 0) -> int:
     return stop
 
 
-@dataclass(eq=False)
 class Segments:
     """How the tokens of a packed batch (1, N) attend.
 
     lengths: of the segments, in their order; their sum is N.
     paths: for each segment the indices of the segments whose keys it sees: its ancestors from the root, then itself.
+    calls: attention calls so far; 0 after a forward means that the model's attention never asked.
+    windows: those that were told a sliding window.
+
+    No dataclass: FSDP copies one on its way to every layer, and calls would be counted in the copies.
     """
 
-    lengths: tuple[int, ...]
-    paths: tuple[tuple[int, ...], ...]
-    calls: int = 0  # attention calls so far: 0 after a forward means that the model's attention never asked
-    windows: int = 0  # those that were told a sliding window
-    _cache: dict = field(default_factory=dict, repr=False)  # masks and index tensors: the same in every layer
+    def __init__(self, lengths: tuple[int, ...], paths: tuple[tuple[int, ...], ...]):
+        self.lengths = lengths
+        self.paths = paths
+        self.calls = self.windows = 0
+        self._cache: dict = {}  # masks and index tensors: the same in every layer
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
         """(1, 1, queries, keys) bool, causal and aligned to the lower right; None where plain causal attention is."""
