@@ -45,6 +45,8 @@ from RewardTrainer.eval.outputs import write_file, write_json
 from RewardTrainer.eval.score_file import ScoreFileArguments
 
 REPLICATES = 1000
+ALONE = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="11"'
+"""What a picture needs that stands in a file of its own and not in a page."""
 
 
 @dataclass
@@ -154,7 +156,8 @@ def run(arguments: BestOfNArguments) -> dict:
     results = {"model": arguments.model, "gold": gold_model, "counts": counts, "best_of_n": table}
     write_json(directory / "results.json", results)
     lines = {name: [(entry["n"], entry[name]) for entry in table] for name in ("oracle", "gold", "random")}
-    write_file(directory / "curve.svg", curves(lines, "n", "gold score").encode())
+    picture = curves(lines, "n", "gold score")
+    write_file(directory / "curve.svg", picture.replace("<svg ", f"<svg {ALONE} ", 1).encode())
     print(f"{len(whole)} prompts with {most} responses; {counts['left_out']} rows with fewer left out")
     print(format_table(table))
     return results

@@ -118,8 +118,7 @@ def _plot(
     )
     axes = f'<path d="M{LEFT} {TOP}V{FLOOR}H{WIDTH}" fill="none" stroke="#888"/>'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="11" '
-        f'viewBox="0 0 {WIDTH + 8} {HEIGHT}" width="{WIDTH + 8}" height="{HEIGHT}" role="img" '
+        f'<svg viewBox="0 0 {WIDTH + 8} {HEIGHT}" width="{WIDTH + 8}" height="{HEIGHT}" role="img" '
         f'aria-label="{escape(title)}">'
         f"{marks}{axes}{texts}{upright}</svg>"
     )
