@@ -69,7 +69,8 @@ def vllm_server(model: str | Path, *flags: str) -> Iterator[tuple[str, subproces
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    command += ["--no-enable-chunked-prefill", *flags]
+    # By default a server asks for 92 % of the memory, which a busy machine has not.
+    command += ["--no-enable-chunked-prefill", "--gpu-memory-utilization", "0.4", *flags]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
