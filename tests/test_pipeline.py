@@ -364,9 +364,11 @@ def test_the_four_commands_make_a_reward_model_and_its_table(tmp_path):
     done = run(script("eval_rm.sh", "--model", model, "--output_dir", table))
     assert done.returncode == 0, done.stderr
     results = json.loads((table / "results.json").read_text())
-    assert set(results) == {"model", "benchmarks", "counts"} and results["model"] == str(model)
+    assert set(results) == {"model", "benchmarks", "counts", "settings"} and results["model"] == str(model)
     example = results["benchmarks"]["example"]
-    assert set(example) == {"subsets", "averages", "overall"} and example["subsets"]["example"]["n"] == 500
+    assert (
+        set(example) == {"subsets", "averages", "overall", "intervals"} and example["subsets"]["example"]["n"] == 500
+    )
     assert set(example["averages"]) == {"easy", "normal", "hard", "mean"}
     assert all(0 <= value <= 1 for value in example["averages"].values())
     assert results["counts"]["example"]["rows"] == results["counts"]["example"]["scored"] == 500
