@@ -6,6 +6,8 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
+from RewardTrainer.eval.base import Verdict
+
 
 def write_json(path: Path, content: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +89,11 @@ def ifbench_row(number: int, broken: int) -> dict:
     rejected = {"content": "breaks some", "unsatisfied_constraints": [f"c{n}" for n in range(broken)]}
     row = {"id": number, "source": "s", "original_instruction": "do", "instruction": "do so"}
     return {**row, "chosen": chosen, "rejected": rejected}
+
+
+def two_orders(*winners: tuple) -> list[list[Verdict]]:
+    """Verdicts on pairs asked in both orders: (winner as in the row, winner swapped) of each."""
+    return [[Verdict((0, 1), first), Verdict((1, 0), second)] for first, second in winners]
 
 
 def write_all(data_dir: Path) -> Path:

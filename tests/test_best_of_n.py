@@ -74,17 +74,20 @@ def test_rows_are_rewarded_judged_and_written_once(tmp_path, capsys):
     )
     rows = [{"id": f"r{n}", "prompt": f"q{n}", "responses": ["tin", "red tin tin", "red"]} for n in range(3)]
     rows[1]["responses"].pop()
+    rows.append({"id": "longer", "prompt": "q", "responses": ["tin", "red", "red tin tin", "red red"]})
     rows.append({"id": "none", "prompt": "q", "responses": []})
     source = write_jsonl(tmp_path / "candidates.jsonl", rows)
     arguments = BestOfNArguments(
         model=str(model), input=str(source), gold_adapter=str(adapter), output_dir=str(tmp_path / "out")
     )
     results = run(arguments)
-    assert results["counts"] == {"prompts": 2, "left_out": 1, "responses": 3}
-    assert results["best_of_n"][0]["gold"] == 1.0 and results["best_of_n"][-1]["oracle"] == 2.0
+    assert results["counts"] == {"prompts": 3, "left_out": 2, "failed": 1, "responses": 3}
+    assert [row["n"] for row in results["best_of_n"]] == [1, 2, 3]
+    assert results["best_of_n"][0]["gold"] == pytest.approx(mean([1, 1, 3 / 4]))
+    assert results["best_of_n"][-1]["oracle"] == pytest.approx(mean([2, 2, mean([2, 2, 2, 1])]))
     rewards = [json.loads(line)["rewards"] for line in (tmp_path / "out/rewards.jsonl").read_text().splitlines()]
-    whole = [row for row in rewards if len(row) == 3]
-    assert results["best_of_n"][-1]["reward"] == pytest.approx(mean(map(max, whole)))
+    whole = [enumerated(row, row, 3) for row in rewards if len(row) >= 3]
+    assert results["best_of_n"][-1]["reward"] == pytest.approx(mean(whole))
     assert json.loads((tmp_path / "out/results.json").read_text()) == results
     assert ElementTree.fromstring((tmp_path / "out/curve.svg").read_text()).tag.endswith("svg")
     assert "left out" in capsys.readouterr().out

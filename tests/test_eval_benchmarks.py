@@ -1,7 +1,6 @@
 """Public benchmarks: upstream's files become the right items, their numbers those of tables worked out by hand."""
 
 import math
-import re
 import sys
 
 import datasets
@@ -17,6 +16,7 @@ from benchmark_fixtures import (
     rm_bench_row,
     rmb_bon_row,
     rmb_row,
+    two_orders,
     write_all,
     write_json,
     write_lines,
@@ -99,6 +99,19 @@ def test_a_folder_with_other_files_says_what_was_expected(tmp_path):
         load_benchmark("llmbar", tmp_path)
 
 
+def test_rows_that_upstream_has_and_a_file_lacks_are_said_for_groups_of_subsets_too(data):
+    expected = {
+        "judgebench-gpt": {"all": "4 of 350"},
+        "judgebench-claude": {"all": "2 of 270"},
+        "rmb-pairwise": {"Harmlessness/*": "3 of 7064", "Helpfulness/*": "1 of 10067"},
+        "rmb-bon": {"Harmlessness/*": "1 of 1677", "Helpfulness/*": "1 of 2109"},
+        "ifbench": {"level-3": "2 of 264", "level-2": "2 of 133", "level-1": "4 of 47"},
+    }
+    for name, short in expected.items():
+        benchmark = load_benchmark(name, data)
+        assert benchmark.short_subsets(benchmark.items) == short
+
+
 def test_a_new_benchmark_is_one_file(tmp_path, monkeypatch):
     """A module dropped into the package is known by its name, with no other change."""
     import RewardTrainer.eval.benchmarks as package
@@ -156,11 +169,11 @@ def test_rewardbench_with_all_subsets_is_the_mean_of_math_and_of_the_six_languag
 
 
 def test_rewardbench2_gives_a_share_of_a_tie_at_the_top_and_nothing_below_it(tmp_path):
-    write_lines(tmp_path / "rewardbench2" / "t.jsonl", [rewardbench2_row(str(n), "Math") for n in range(4)])
+    write_lines(tmp_path / "rewardbench2" / "t.jsonl", [rewardbench2_row(str(n), "Math") for n in range(5)])
     benchmark = load_benchmark("rewardbench2", tmp_path)
-    scores = [[2, 1, 0, 0], [2, 2, 0, 2], [1, 2, 0, 0], [5, 5, 5, 5]]
+    scores = [[2, 1, 0, 0], [2, 2, 0, 2], [1, 2, 0, 0], [5, 5, 5, 5], [2, 2 - 1e-9, 0, 0]]
     summary = benchmark.summarize(benchmark.items, scores)
-    assert summary["subsets"]["Math"]["accuracy"] == pytest.approx((1 + 1 / 3 + 0 + 1 / 4) / 4)
+    assert summary["subsets"]["Math"]["accuracy"] == pytest.approx((1 + 1 / 3 + 0 + 1 / 4 + 1) / 5)
 
 
 def test_ties_terms_by_hand():
@@ -273,10 +286,10 @@ def test_judgebench_never_takes_the_other_models_file_for_its_own(tmp_path):
 
 
 def test_judgebench_reward_model_tie_counts_for_b(tmp_path):
-    benchmark = judgebench(tmp_path, "ABAB")
-    summary = benchmark.summarize(benchmark.items, [[1, 1], [1, 1], [2, 1], [2, 1]])
-    assert summary["overall"] == 0.5  # wrong, right, right, wrong
-    assert summary["subsets"] == {"Knowledge": {"accuracy": 0.5, "n": 4}}
+    benchmark = judgebench(tmp_path, "BBBAA")
+    summary = benchmark.summarize(benchmark.items, [[1, 1], [0, 0], [2, 1], [1, 1], [2, 1]])
+    assert summary["overall"] == 0.6  # right, right, wrong, wrong, right
+    assert summary["subsets"] == {"Knowledge": {"accuracy": 0.6, "n": 5}}
 
 
 def test_judgebench_categories_and_overall_over_pairs(data):
@@ -323,6 +336,14 @@ def test_rmb_pairs_with_identical_answers_count_and_cannot_be_won(tmp_path):
     assert benchmark.summarize(benchmark.items, [[1, 1], [2, 1]])["overall"] == 0.5
 
 
+def test_rmb_best_of_n_without_a_loser_is_refused_and_not_won(tmp_path):
+    rows = [rmb_bon_row(n, "Harmlessness/S1", n) for n in range(2)]
+    write_json(tmp_path / "rmb-bon" / "BoN_set" / "a.json", rows)
+    benchmark = load_benchmark("rmb-bon", tmp_path)
+    assert [item.id for item in benchmark.items] == ["1"]
+    assert "field `loser_list`" in benchmark.skipped[0]
+
+
 def test_rmb_judge_wins_a_best_of_n_row_by_every_pair(tmp_path):
     write_json(tmp_path / "rmb-bon" / "BoN_set" / "a.json", [rmb_bon_row(n, "Helpfulness/X", 2) for n in range(3)])
     benchmark = load_benchmark("rmb-bon", tmp_path)
@@ -358,10 +379,6 @@ def test_llmbar_ratings_that_are_equal_or_null_are_right_in_one_of_two_orders(tm
     assert summary["overall"] == pytest.approx(0.75)  # the mean of the subsets, not of the rows
 
 
-def two_orders(*winners):
-    return [[Verdict((0, 1), first), Verdict((1, 0), second)] for first, second in winners]
-
-
 def test_llmbar_judge_accuracy_is_the_mean_of_both_orders(tmp_path):
     benchmark = llmbar(tmp_path, Natural="111111")
     said = two_orders((0, 0), (0, 1), (1, 1), (None, 0), (None, None), ("tie", "tie"))
@@ -388,6 +405,14 @@ def test_evalbiasbench_reward_model_is_strict(data):
     assert summary["overall"] == 0.5
 
 
+def test_evalbiasbench_tie_is_wrong_whichever_response_is_the_right_one(tmp_path):
+    rows = [{**evalbias_row("length bias", n), "label": 1 + n % 2} for n in range(4)]
+    write_json(tmp_path / "evalbiasbench" / "biasbench.json", {"length bias": rows})
+    benchmark = load_benchmark("evalbiasbench", tmp_path)
+    # right, tie of a row whose second response is right, tie, second above first where it should be
+    assert benchmark.summarize(benchmark.items, [[1, 0], [1, 1], [1, 1], [0, 1]])["overall"] == 0.5
+
+
 # IFBench
 
 
@@ -403,64 +428,3 @@ def test_ifbench_levels_go_by_what_the_rejected_response_breaks(tmp_path):
         "level-1": 0.5,
     }
     assert summary["overall"] == pytest.approx(2 / 5)
-
-
-# Verdicts where a benchmark has no rule of its own; hostile rows
-
-
-def test_a_pairs_verdicts_count_half_for_a_tie_or_an_unreadable_reply(data):
-    benchmark = load_benchmark("ifbench", data)
-    said = [*two_orders((0, 0), (0, 1), (None, 0)), *([v] for v in two_orders(("tie", 1))[0][:1])]
-    summary = summarize(benchmark.by_verdicts, benchmark.items, said + [[]] * 4)
-    assert sum(row["n"] for row in summary["subsets"].values()) == 4
-    assert summary["overall"] == pytest.approx((1 + 0.5 + 0.75 + 0.5) / 4)
-
-
-def test_rewardbench2_judge_chooses_among_four_and_says_nothing_of_ties(data):
-    benchmark = load_benchmark("rewardbench2", data)
-    order = (2, 0, 3, 1)
-    said = [[Verdict(order, 0)], [Verdict(order, 2)], [Verdict(order, None)], [], []]
-    summary = summarize(benchmark.by_verdicts, benchmark.items, said)
-    assert summary["subsets"] == {"Factuality": {"accuracy": 1, "n": 1}, "Math": {"accuracy": 0.125, "n": 2}}
-
-
-HOSTILE = [
-    (None, "must be an object|JSON object"),
-    ("text", "JSON object expected, not str"),
-    ({"chosen": None}, "field `chosen` is missing"),
-    ({"rejected": 5}, "field `rejected` must be a string, not int"),
-    ({"chosen": ["a"]}, "field `chosen` must be a string, not list"),
-    ({"prompt": ""}, "field `prompt` is empty"),
-    ({"prompt": None}, "field `prompt`"),
-    ({"id": True}, "field `id`"),
-    ({"id": 0}, "came before"),
-    ({"subset": 3}, "field `subset`"),
-    ({"chosen": "\ud800"}, "surrogate"),
-]
-
-
-@pytest.mark.parametrize(("harm", "words"), HOSTILE)
-def test_a_hostile_row_is_skipped_with_its_place_and_field(tmp_path, harm, words):
-    rows = [rewardbench_row(0, "hep-go"), rewardbench_row(1, "hep-go"), rewardbench_row(2, "hep-go")]
-    rows[1] = {**rows[1], **harm} if isinstance(harm, dict) else harm
-    write_lines(tmp_path / "rewardbench" / "filtered.jsonl", rows)
-    benchmark = load_benchmark("rewardbench", tmp_path)
-    assert [item.id for item in benchmark.items] == ["0", "2"]
-    (message,) = benchmark.skipped
-    assert "filtered.jsonl, line 2: " in message
-    assert re.search(words, message)
-
-
-def test_an_empty_response_of_a_public_benchmark_stays_because_upstreams_numbers_have_it(tmp_path):
-    write_lines(tmp_path / "rewardbench" / "filtered.jsonl", [rewardbench_row(0, "hep-go", rejected="")])
-    assert load_benchmark("rewardbench", tmp_path).items[0].responses == ("yes", "")
-
-
-def test_a_file_that_is_no_json_is_named(tmp_path):
-    path = write_json(tmp_path / "evalbiasbench" / "biasbench.json", {})
-    path.write_text("{broken")
-    with pytest.raises(InputError, match="biasbench.json: not valid JSON"):
-        load_benchmark("evalbiasbench", tmp_path)
-    path.write_text('[{"bias": "x"}]')
-    with pytest.raises(InputError, match="one object of lists expected"):
-        load_benchmark("evalbiasbench", tmp_path)

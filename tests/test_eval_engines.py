@@ -96,9 +96,23 @@ def test_an_adapter_without_its_functions_or_its_file_is_refused(tmp_path):
 
 def test_what_an_engine_has_no_use_for_is_said(adapter, capsys):
     load_engine("mine", adapter=str(adapter), dtype="float32", tokens_per_batch=1)
-    assert "note: the adapter has no use for --dtype\n" in capsys.readouterr().err
+    assert "note: the adapter has no use for --dtype, --tokens_per_batch\n" in capsys.readouterr().err
+    load_engine(
+        "mine", adapter=str(adapter), trust_remote_code=True, tensor_parallel_size=2, gpu_memory_utilization=0.5
+    )
+    said = capsys.readouterr().err
+    assert all(f"--{name}" in said for name in ("trust_remote_code", "tensor_parallel_size", "gpu_memory_utilization"))
     load_engine("mine", adapter=str(adapter))
     assert "note" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("engine", "flag", "value"), [("hf", "gpu_memory_utilization", 0.5), ("vllm", "tokens_per_batch", 8)]
+)
+def test_a_flag_of_the_other_engine_is_named(engine, flag, value, tmp_path, capsys):
+    with pytest.raises(InputError):
+        load_engine(str(tmp_path / "no_model"), engine, **{flag: value})
+    assert f"note: --engine {engine} has no use for --{flag}\n" in capsys.readouterr().err
 
 
 def test_an_unknown_engine_is_refused():
@@ -215,6 +229,12 @@ def test_an_unfinished_evaluation_is_not_mixed_with_another_one(tmp_path, adapte
     broken.write_text(ADAPTER.replace("return [float", "return [len(conversations) == 32 or None and float"))
     with pytest.raises(TypeError):
         run(arguments(tmp_path, broken))
+    manifest = tmp_path / "out" / "parts" / "run.json"
+    known = manifest.read_bytes()
+    manifest.unlink()  # whose the scores are is not known any more
+    with pytest.raises(InputError, match="scores without the run.json"):
+        run(arguments(tmp_path, adapter))
+    manifest.write_bytes(known)
     with pytest.raises(InputError, match="unfinished evaluation with other settings(.|\n)*adapter(.|\n)*--overwrite"):
         run(arguments(tmp_path, adapter))
     (evaluation,) = run(arguments(tmp_path, adapter, overwrite=True))

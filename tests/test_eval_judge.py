@@ -25,6 +25,7 @@ from RewardTrainer.eval.judge.asks import (
 from RewardTrainer.eval.judge.bias import Judged, judge_statistics, rating_statistics, verdicts_of_ratings
 from RewardTrainer.eval.judge.outcome import outcome_of
 from RewardTrainer.eval.judge.replies import POINTWISE, READERS
+from RewardTrainer.eval.rescore import rescore
 from RewardTrainer.eval.run_eval_judge import PROMPTS
 
 PAIRWISE = [form for form in READERS if form != POINTWISE]
@@ -424,6 +425,44 @@ def test_ratings_of_lists_count_as_a_reward_model_s_scores_and_those_of_pairs_as
     assert best.summary["subsets"]["Ties"]["n"] and best.counts["counted"] == len(benchmark.items)
     plain = {name: row["accuracy"] for name, row in best.summary["subsets"].items() if name != "Ties"}
     assert plain and set(plain.values()) == {1.0}
+
+
+@pytest.mark.parametrize("broken", [None, 5.0])
+@pytest.mark.parametrize(
+    "name", ["rm-bench", "rmb-bon", "rewardbench2", "llmbar", "ifbench", "judgebench-gpt", "rewardbench"]
+)
+def test_ratings_rescored_from_either_file_give_the_table_of_the_run(data_dir, tmp_path, name, broken):
+    benchmark = load_benchmark(name, data_dir)
+
+    def rating(ask: dict) -> float | None:  # the second row's first response: unreadable, or tied with the others
+        item, index = ask["item"], ask["order"][0]
+        return broken if index == 0 and item == benchmark.items[1].id else 9.0 - index if len(item) % 2 else 5.0
+
+    outcome = judge(benchmark, rating, POINTWISE)
+    for kind, rows in (("scores", outcome.score_lines), ("verdicts", outcome.verdict_lines)):
+        path = write_lines(tmp_path / f"{kind}.jsonl", rows)
+        found, counted = rescore(name, data_dir, path if kind == "scores" else None, path)
+        assert found == outcome.summary
+        assert counted.startswith(f"{outcome.counts['counted']} of ")
+
+
+def test_an_unreadable_rating_loses_its_own_comparisons_and_no_other(data_dir):
+    benchmark = load_benchmark("rm-bench", data_dir)
+    lost = benchmark.items[0]
+
+    def rating(ask: dict) -> float | None:
+        if ask["subset"] == lost.subset and ask["item"] == lost.id and ask["order"] == [0]:
+            return None
+        return 9.0 if ask["order"][0] < 3 else 2.0
+
+    outcome = judge(benchmark, rating, POINTWISE)
+    rows = [item for item in benchmark.items if item.subset == lost.subset]
+    found = outcome.summary["subsets"][lost.subset]
+    assert (found["n"], outcome.counts["unreadable"]) == (len(rows), 1)
+    # Of the matrix's row 0: one cell of three on the diagonal, two of three above it, none below.
+    assert found["easy"] == 1
+    assert found["normal"] == pytest.approx(1 - 1 / 3 / len(rows))
+    assert found["hard"] == pytest.approx(1 - 2 / 3 / len(rows))
 
 
 def test_rewardbench_2_takes_a_quarter_from_a_tie_and_from_silence(data_dir):

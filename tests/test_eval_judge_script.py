@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import os
 import random
@@ -111,6 +112,25 @@ def test_a_judge_that_prefers_the_longest_response_is_right_in_both_orders_witho
     assert all(set(line) == {"benchmark", "id", "subset", "order", "verdict", "raw"} for line in said)
     out = capsys.readouterr().out
     assert "judgebench-gpt: 6 of 6 rows" in out and re.search(r"Position bias +0\.000", out)
+
+
+def cells_of_page(page: str) -> list[str]:
+    found = (html.unescape(re.sub("<[^>]*>", "", cell)) for cell in re.findall("<t[hd]>(.*?)</t[hd]>", page))
+    return [" ".join(cell.split()) for cell in found]
+
+
+def cells_of_markdown(text: str) -> list[str]:
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+    return [cell.strip() for line in rows for cell in line.removeprefix("|").removesuffix("|").split("|")]
+
+
+def test_the_markdown_holds_every_table_of_the_report(house, server):
+    server.script = lambda body: reply("<verdict>A</verdict>" if len(server.bodies) % 3 else "I cannot say")
+    judge(house, server, "--max_failure_rate", 1, benchmarks="judgebench-gpt,rm-bench")
+    markdown = cells_of_markdown((house / "out/results.md").read_text())
+    assert markdown == cells_of_page((house / "out/report.html").read_text())
+    for name in ("Position bias", "Consistency", "Label agreement", "Unreadable"):
+        assert markdown.count(name) >= 2
 
 
 def test_a_judge_that_always_names_the_first_place_is_found_out(house, server):

@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 from eval_fixtures import pair, styled, write_jsonl
 
 from distiller.records import InputError
+from RewardTrainer.eval.base import subset_means
 from RewardTrainer.eval.benchmarks import example, load_benchmark, preference
 from RewardTrainer.eval.metrics import gap_margin_agreement, strict_accuracy, style_levels, style_matrix
 
@@ -84,6 +86,21 @@ def test_margins_are_compared_on_the_rows_that_have_one(tmp_path):
     summary = benchmark.summarize(benchmark.items, [[2, 0], [9, 0], [6, 0], [7, 0]])
     assert summary["averages"]["gap_margin_slope"] == pytest.approx(2.0)
     assert summary["subsets"] == {"all": {"accuracy": 1.0, "n": 4}}
+
+
+def test_a_pair_with_a_null_score_is_in_neither_the_accuracy_nor_the_margins(tmp_path):
+    rows = [pair(0, margin=1), pair(1, margin=50), pair(2, margin=3), pair(3, margin=2)]
+    benchmark = preference.load(write_jsonl(tmp_path / "pairs.jsonl", rows))
+    summary = benchmark.summarize(benchmark.items, [[2, 0], [None, 0], [6, 0], [0, 0]])
+    assert summary["subsets"] == {"all": {"accuracy": pytest.approx(2 / 3), "n": 3}}
+    # margins 1 3 2 around 2, gaps 2 6 0 around 8/3: Sxy (-1)(-2/3) + 1 (10/3) + 0 = 4, Sxx 2
+    assert summary["averages"]["gap_margin_slope"] == pytest.approx(4 / 2)
+
+
+def test_a_row_with_one_value_missing_counts_in_no_column():
+    values = np.array([[1.0, 0.0], [0.0, np.nan], [0.0, 1.0], [np.nan, np.nan]])
+    means, sizes = subset_means(("accuracy", "other"), ["a", "a", "a", "b"], values)
+    assert (means, sizes) == ({"a": {"accuracy": 0.5, "other": 0.5}}, {"a": 2})
 
 
 def test_preference_reads_trl_conversations_with_and_without_a_prompt(tmp_path):

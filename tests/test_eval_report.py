@@ -15,7 +15,7 @@ from RewardTrainer.eval.compare import run_comparison
 from RewardTrainer.eval.evaluation import Evaluation, accuracy_table, evaluation_of
 from RewardTrainer.eval.markdown import build_markdown
 from RewardTrainer.eval.report import Run, build_report
-from RewardTrainer.eval.run_eval_rm import EvalArguments, run
+from RewardTrainer.eval.run_eval_rm import EvalArguments, main, run
 
 HOSTILE = "<script>alert('pwned')</script><img src=x onerror=alert(1)>"
 COUNTS = {"rows": 6, "scored": 5, "skipped": 1, "pairs": 5, "short_subsets": {}}
@@ -147,6 +147,20 @@ def test_a_run_compared_with_itself_differs_by_nothing(runs, tmp_path):
     comparison = json.loads((tmp_path / "both" / "comparison.json").read_text())
     assert len(set(comparison["models"])) == 2  # one model twice: told apart by directory
     assert {(row["difference"], row["p_value"]) for row in comparison["comparisons"]} == {(0, 1)}
+
+
+@pytest.mark.parametrize(
+    "flags", [["--benchmarks", "example"], ["--model=mine"], ["--max_length", "64"], ["--overwrite"]]
+)
+def test_a_flag_that_a_comparison_would_ignore_is_refused(runs, tmp_path, monkeypatch, flags):
+    both = ["eval", "--compare", *map(str, runs), "--output_dir", str(tmp_path / "both")]
+    monkeypatch.setattr("sys.argv", [*both, *flags])
+    with pytest.raises(SystemExit, match=f"--compare .*no use for {flags[0].partition('=')[0]};"):
+        main()
+    assert not (tmp_path / "both").exists()
+    monkeypatch.setattr("sys.argv", [*both, "--num_processes", "2"])
+    main()
+    assert (tmp_path / "both" / "results.md").exists()
 
 
 def test_scores_of_other_rows_are_not_compared(runs, tmp_path):

@@ -129,6 +129,22 @@ def test_messages_of_another_form_are_refused(messages):
         conversations({"messages": messages})
 
 
+def test_no_response_beside_messages_is_passed_over():
+    ask, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "tin"}
+    red = [ask, {"role": "assistant", "content": "red"}]
+    assert conversations({"messages": [ask], "response": "red"}) == {"reward": [red]}
+    assert conversations({"messages": [ask], "responses": ["red"]}) == {"rewards": [red]}
+    pair = {"prompt": "q", "chosen": "tin", "rejected": "red"}
+    assert conversations({"messages": [ask, answer], **pair}) == {
+        "reward": [[ask, answer]],
+        "chosen_reward": [[ask, answer]],
+        "rejected_reward": [red],
+    }
+    for prompt in ({}, {"prompt": "q"}):
+        with pytest.raises(InputError, match="`messages` and `response` both hold a response"):
+            conversations({"messages": [ask, answer], "response": "red", **prompt})
+
+
 def test_the_default_output_lies_beside_the_input(tmp_path):
     path = write_jsonl(tmp_path / "a.b.json", [])
     assert default_output(str(path)) == str(tmp_path / "a.b.rewarded.jsonl")

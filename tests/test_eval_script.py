@@ -95,6 +95,7 @@ def test_the_script_scores_benchmark_and_preference_file_and_writes_what_it_prom
         (["--model", "../output/nothing"], "error: ../output/nothing: no such directory"),
         (["--benchmarks", "rewardbench9"], "error: --benchmarks rewardbench9"),
         (["--benchmarks", "example,example"], "different names"),
+        (["--benchmarks", f"{example.EMBEDDED},{os.path.relpath(example.EMBEDDED)}"], "different names"),
         (["--data_dir", "../nowhere"], "no such directory"),
         (["--dtype", "int4"], "--dtype int4"),
         (["--max_length", "100000"], "takes 1 to 512 tokens"),

@@ -10,6 +10,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    GPTNeoConfig,
+    GPTNeoForSequenceClassification,
     MistralConfig,
     MistralForSequenceClassification,
     Qwen3Config,
@@ -83,6 +85,13 @@ def mistral_with_window(tokenizer):
     return seeded(MistralForSequenceClassification, config)
 
 
+def gpt_neo(tokenizer):
+    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    config = GPTNeoConfig(**sizes(tokenizer), **shape, **ends, window_size=64, max_position_embeddings=512)
+    return seeded(GPTNeoForSequenceClassification, config)
+
+
 def bert(tokenizer):
     return seeded(BertForSequenceClassification, BertConfig(**small(tokenizer)))
 
@@ -115,7 +124,8 @@ def test_sharing_pools_as_transformers_does_without_a_pad_token_and_with_eos_as_
 
 
 @pytest.mark.parametrize(
-    ("build", "shares"), [(gpt2, True), (mlp_head, True), (mistral_with_window, False), (bert, False)]
+    ("build", "shares"),
+    [(gpt2, True), (mlp_head, True), (mistral_with_window, False), (gpt_neo, False), (bert, False)],
 )
 def test_models_that_cannot_share_are_found_out_and_scored_right_all_the_same(build, shares):
     tokenizer = build_tokenizer()

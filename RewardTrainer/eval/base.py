@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -93,7 +95,8 @@ class Benchmark:
     by_scores: Metric
     by_verdicts: Metric
     sizes: Mapping[str, int] = field(default_factory=dict)
-    """Rows upstream has in each subset, where that is known: what is missing is said, never averaged away unseen."""
+    """Rows upstream has in each subset, or in all that a pattern stands for (`Harmlessness/*`), where that is known:
+    what is missing is said, never averaged away unseen."""
 
     @property
     def digest(self) -> str:
@@ -110,8 +113,10 @@ class Benchmark:
 
     def short_subsets(self, items: Sequence[Item]) -> dict[str, str]:
         """{subset: "rows counted of rows upstream has"} where the two differ."""
-        counted = {name: sum(item.subset == name for item in items) for name in self.sizes}
-        return {name: f"{counted[name]} of {size}" for name, size in self.sizes.items() if counted[name] != size}
+        rows = Counter(item.subset for item in items)
+        counted = {name: sum(n for subset, n in rows.items() if fnmatchcase(subset, name)) for name in self.sizes}
+        short = {name: size for name, size in self.sizes.items() if counted[name] != size}
+        return {"all" if name == "*" else name: f"{counted[name]} of {size}" for name, size in short.items()}
 
 
 def summarize(metric: Metric, items: Sequence[Item], said: Sequence[Any]) -> dict:

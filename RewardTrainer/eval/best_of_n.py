@@ -20,8 +20,9 @@ two functions of your own (--gold_adapter, see engines/adapter.py).
         --gold_adapter examples/gold.py
 
 Writes to --output_dir (default: output/best_of_n/<model name>) `rewards.jsonl` and `gold.jsonl`, which a second run of
-the same command takes up again, `results.json` and `curve.svg`. Rows with fewer than N whole responses are left out
-and counted.
+the same command takes up again, `results.json` and `curve.svg`. N is the number of responses that most rows
+have; rows with fewer, and those that cannot be rewarded, are left out and counted, and every n is over the same
+prompts.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import argparse
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -106,15 +108,15 @@ def sizes(most: int) -> list[int]:
 
 
 def figures(rewards: Sequence[Sequence[float]], gold: Sequence[Sequence[float]], seed: int = 0) -> list[dict]:
-    """One entry for each n (module docstring).
+    """One entry for each n (module docstring), every one over the same prompts.
 
     Args:
-        rewards, gold: N numbers for each prompt, the same N for all
+        rewards, gold: numbers for the responses of each prompt; n goes up to the least of a prompt
         seed: of the bootstrap
     """
     draws = np.random.default_rng(seed).integers(len(rewards), size=(REPLICATES, len(rewards)))
     table = []
-    for n in sizes(len(rewards[0])):
+    for n in sizes(min(map(len, rewards))):
         picked = best_of(rewards, gold, n)
         low, high = np.percentile(picked[draws].mean(axis=1), (2.5, 97.5))
         table.append(
@@ -149,16 +151,21 @@ def run(arguments: BestOfNArguments) -> dict:
     both = [row for row in ours if row in theirs]
     if not both:
         raise InputError(f"{arguments.input}: no row has `responses` that could be rewarded")
-    most = max(len(ours[row]) for row in both)
-    whole = [row for row in both if len(ours[row]) == most]
+    lengths = Counter(len(ours[row]) for row in both)
+    most = max(lengths, key=lambda length: (lengths[length], length))
+    whole = [row for row in both if len(ours[row]) >= most]
     table = figures([ours[row] for row in whole], [theirs[row] for row in whole])
-    counts = {"prompts": len(whole), "left_out": len(both) - len(whole), "responses": most}
+    rows = _rows(directory / "rewards.jsonl")
+    counts = {"prompts": len(whole), "left_out": rows - len(whole), "failed": rows - len(both), "responses": most}
     results = {"model": arguments.model, "gold": gold_model, "counts": counts, "best_of_n": table}
     write_json(directory / "results.json", results)
     lines = {name: [(entry["n"], entry[name]) for entry in table] for name in ("oracle", "gold", "random")}
     picture = curves(lines, "n", "gold score")
     write_file(directory / "curve.svg", picture.replace("<svg ", f"<svg {ALONE} ", 1).encode())
-    print(f"{len(whole)} prompts with {most} responses; {counts['left_out']} rows with fewer left out")
+    print(
+        f"{len(whole)} prompts with {most} responses or more; {counts['left_out']} rows left out: "
+        f"{len(both) - len(whole)} with fewer, {counts['failed']} that could not be rewarded"
+    )
     print(format_table(table))
     return results
 
@@ -171,6 +178,12 @@ def _rewards(arguments: BestOfNArguments, model: str, adapter: str | None, outpu
     with output.open(encoding="utf-8") as file:
         rows = map(json.loads, file)
         return {row["id"]: row["rewards"] for row in rows if "rewards" in row}
+
+
+def _rows(output: Path) -> int:
+    """Rows that `score_file` was given: rewarded, or failed."""
+    failed = Path(f"{output}.failed.jsonl")
+    return sum(path.read_bytes().count(b"\n") for path in (output, failed) if path.exists())
 
 
 def format_table(table: Sequence[dict]) -> str:

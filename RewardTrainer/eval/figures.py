@@ -66,7 +66,7 @@ def bar_chart(bars: Sequence[tuple[str, float | None, int]], x_label: str, y_lab
         middle = LEFT + (index + 0.5) * width
         if share is not None:
             marks.append(_bar(LEFT + (index + 0.15) * width, 0.7 * width, share, CHOSEN, 0.55))
-            top = _height(share, (0, 1)) - 3
+            top = min(_height(share, (0, 1)) - 3, FLOOR - 17)  # above the count of a low bar
             marks.append(f'<text x="{middle:.1f}" y="{top:.1f}" text-anchor="middle">{share:.2f}</text>')
         for y, text in ((FLOOR - 5, f"n = {count}"), (FLOOR + 12, label)):
             marks.append(f'<text x="{middle:.1f}" y="{y}" text-anchor="middle">{escape(text)}</text>')

@@ -17,37 +17,38 @@ def build_markdown(runs: Sequence[Run], comparisons: Sequence[Comparison] = ()) 
         averages = []
         for model, e in found:
             values, spans = average_columns(e.summary), average_columns(e.intervals)
-            averages.append([_plain(model), *(_estimate(values.get(c), spans.get(c)) for c in columns)])
+            averages.append([plain(model), *(_estimate(values.get(c), spans.get(c)) for c in columns)])
         subsets = []
         for subset in dict.fromkeys(s for _, e in found for s in e.summary["subsets"]):
             cells = [e.summary["subsets"].get(subset, {}) for _, e in found]
             spans = [e.intervals["subsets"].get(subset) for _, e in found]
             accuracies = [_estimate(c.get("accuracy"), span) for c, span in zip(cells, spans, strict=True)]
-            subsets.append([_plain(subset), *accuracies, str(max(c.get("n", 0) for c in cells))])
-        sections.append(f"## {_plain(name)}\n\n{_table(['model', *columns], averages)}")
-        sections.append(_table(["subset", *(_plain(model) for model, _ in found), "n"], subsets))
+            subsets.append([plain(subset), *accuracies, str(max(c.get("n", 0) for c in cells))])
+        sections.append(f"## {plain(name)}\n\n{table(['model', *columns], averages)}")
+        sections.append(table(["subset", *(plain(model) for model, _ in found), "n"], subsets))
         tests = [c for c in comparisons if c.benchmark == name]
         if tests:
             rows = [
                 [
-                    _plain(c.first),
-                    _plain(c.second),
+                    plain(c.first),
+                    plain(c.second),
                     str(c.paired.rows),
                     _estimate(c.paired.difference, c.paired.interval),
                     f"{c.paired.p_value:.4f}",
                 ]
                 for c in tests
             ]
-            sections.append(_table(["first", "second", "rows", "second - first", "p (permutation)"], rows))
+            sections.append(table(["first", "second", "rows", "second - first", "p (permutation)"], rows))
     return "Brackets are 95 % bootstrap intervals.\n\n" + "\n\n".join(sections) + "\n"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; cells are to be `plain`."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that stays inside its cell."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 

@@ -63,6 +63,11 @@ class Parts:
             for path in [self.directory / "run.json", *self._files()]:
                 path.unlink(missing_ok=True)
         manifest = Manifest.load(self.directory / "run.json")
+        if manifest is None and any(self._lines()):
+            raise InputError(
+                f"{self.directory} holds scores without the run.json that says what they belong to: "
+                "name another --output_dir, or use --overwrite to start anew"
+            )
         changed = differences(manifest.identity, identity) if manifest else []
         if changed and any(self._lines()):
             raise InputError(
@@ -126,6 +131,8 @@ class Parts:
         return sorted(self.directory.glob("scores-*.jsonl"))
 
     def remove(self) -> None:
+        for path in self._files():  # before what says whose they are: a kill in between leaves nothing to explain
+            path.unlink()
         shutil.rmtree(self.directory, ignore_errors=True)
 
 

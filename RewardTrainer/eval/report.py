@@ -140,7 +140,7 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> str:
                 (p_value, paired.p_value),
             ]
         )
-    header = ["First", "Second", "Rows", "Overall, first", "Overall, second", "Difference", "p (permutation)"]
+    header = ["First", "Second", "Rows", "Overall, first", "Overall, second", "Second less first", "p (permutation)"]
     return _table(header, rows)
 
 

@@ -19,6 +19,7 @@ from distiller.records import InputError
 from RewardTrainer.eval.base import summarize
 from RewardTrainer.eval.benchmarks import load_benchmark
 from RewardTrainer.eval.evaluation import accuracy_table
+from RewardTrainer.eval.judge.ratings import rating_metric
 from RewardTrainer.eval.stored import read_scores, read_verdicts
 
 MESSAGES_SHOWN = 5
@@ -35,6 +36,8 @@ def rescore(name: str, data_dir: Path | None, scores: Path | None, verdicts: Pat
         stored, metric = read_scores(scores, name, benchmark.items), benchmark.by_scores
     else:
         stored, metric = read_verdicts(verdicts, name, benchmark.items), benchmark.by_verdicts
+    if stored.rated:
+        metric = rating_metric(benchmark)
     summary = summarize(metric, stored.items, stored.said)
     counted = sum(row["n"] for row in summary["subsets"].values())
     left_out = len(stored.items) - counted

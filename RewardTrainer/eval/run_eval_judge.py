@@ -16,6 +16,7 @@ and --limit (rows of each benchmark). Written to the output directory:
     verdicts.jsonl     one line a verdict: benchmark, id, subset, order, verdict (null: unreadable), raw
     scores.jsonl       with pointwise_score, one line a response: benchmark, id, subset, response, score, raw
     results.json       as of a reward model, with "judge" (how it was asked) and "judges" (what its verdicts say of it)
+    results.md         the tables as Markdown
     report.html        the tables, and pairs it judged wrong in every order; opens offline
 
 `python -m RewardTrainer.eval.rescore` makes the tables again from verdicts.jsonl or scores.jsonl.
@@ -35,7 +36,7 @@ from distiller.records import InputError
 from distiller.runner import Done, Failed, RowWork, Work, ask_until
 from distiller.templates import load_prompt
 from RewardTrainer.eval.base import Benchmark, Item
-from RewardTrainer.eval.benchmarks import load_benchmark
+from RewardTrainer.eval.benchmarks import load_benchmarks
 from RewardTrainer.eval.evaluation import accuracy_table
 from RewardTrainer.eval.judge.asks import (
     PAIRWISE_VARIABLES,
@@ -45,7 +46,7 @@ from RewardTrainer.eval.judge.asks import (
     render,
 )
 from RewardTrainer.eval.judge.outcome import Outcome, outcome_of, stage_rows, write_outcomes, write_whole
-from RewardTrainer.eval.judge.page import build_page, title_of, value_of
+from RewardTrainer.eval.judge.page import build_markdown, build_page, title_of, value_of
 from RewardTrainer.eval.judge.replies import POINTWISE, READERS
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "eval" / "judge_example.yaml"
@@ -121,13 +122,7 @@ class Judging:
     @cached_property
     def benchmarks(self) -> list[Benchmark]:
         """Raises InputError."""
-        names = [name.strip() for name in self.args.benchmarks.split(",") if name.strip()]
-        if not names or len(set(names)) < len(names):
-            raise InputError(f"--benchmarks {self.args.benchmarks}: one or more different names expected")
-        data_dir = Path(self.args.data_dir) if self.args.data_dir else None
-        if data_dir is not None and not data_dir.is_dir():
-            raise InputError(f"--data_dir {data_dir}: no such directory")
-        return [load_benchmark(name, data_dir) for name in names]
+        return load_benchmarks(self.args.benchmarks, Path(self.args.data_dir) if self.args.data_dir else None)
 
     def items(self, benchmark: Benchmark) -> list[Item]:
         return benchmark.items[: self.args.limit]
@@ -176,8 +171,10 @@ class Judging:
         names = write_outcomes(directory, args.prompt_form, args.model, args.asked_with, self.outcomes)
         page = build_page(args.model, args.asked_with, self.outcomes)
         write_whole(directory / "report.html", page.encode("utf-8", "xmlcharrefreplace"))
+        tables = build_markdown(args.model, args.asked_with, self.outcomes)
+        write_whole(directory / "results.md", tables.encode("utf-8", "backslashreplace"))
         said = [line for outcome in self.outcomes for line in remarks(outcome)]
-        return "\n".join([*said, f"written: {directory}/{', '.join([*names, 'report.html'])}"])
+        return "\n".join([*said, f"written: {directory}/{', '.join([*names, 'results.md', 'report.html'])}"])
 
 
 def remarks(outcome: Outcome) -> list[str]:

@@ -28,7 +28,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -36,7 +36,7 @@ from distiller.arguments import parse_stage_args
 from distiller.manifest import hash_file, made_with, model_fingerprint
 from distiller.records import InputError
 from RewardTrainer.eval.base import Benchmark
-from RewardTrainer.eval.benchmarks import BENCHMARKS, load_benchmark
+from RewardTrainer.eval.benchmarks import load_benchmarks
 from RewardTrainer.eval.compare import run_comparison
 from RewardTrainer.eval.engines import load_engine
 from RewardTrainer.eval.evaluation import (
@@ -133,7 +133,8 @@ def run(arguments: EvalArguments) -> list[Evaluation]:
     shard = shard_of_this_process()
     if shard:
         end_with_parent()
-    benchmarks = _benchmarks(arguments)  # before the model: a typo shows at once
+    data_dir = Path(arguments.data_dir) if arguments.data_dir else None
+    benchmarks = load_benchmarks(arguments.benchmarks, data_dir)  # before the model: a typo shows at once
     output_dir = Path(arguments.output_dir) if arguments.output_dir else default_output_dir(arguments.model)
     with closing(Parts(output_dir / "parts")) as parts:
         if shard:
@@ -169,16 +170,6 @@ def _score_share(
         score_benchmark(benchmark, engine, parts, (number, processes), bar=number == 0)
         if not shard:
             print(f"{benchmark.name}: {time.monotonic() - start:.1f} s", file=sys.stderr)
-
-
-def _benchmarks(arguments: EvalArguments) -> list[Benchmark]:
-    names = [name.strip() for name in arguments.benchmarks.split(",") if name.strip()]
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"--benchmarks {arguments.benchmarks}: one or more different names expected")
-    data_dir = Path(arguments.data_dir) if arguments.data_dir else None
-    if data_dir is not None and not data_dir.is_dir() and any(name in BENCHMARKS for name in names):
-        raise InputError(f"--data_dir {data_dir}: no such directory")
-    return [load_benchmark(name, data_dir) for name in names]
 
 
 def _identity(arguments: EvalArguments, benchmarks: list[Benchmark]) -> dict:
@@ -234,10 +225,29 @@ def _report_counts(evaluation: Evaluation, limit: str) -> None:
         print(f"{name}: {subset} has {rows} rows; averages are over what is there", file=sys.stderr)
 
 
+def _check_comparison(arguments: EvalArguments, argv: list[str]) -> None:
+    """Raises InputError where a flag that a comparison would ignore is given."""
+    known = {"compare", "data_dir", "output_dir", "num_processes"}  # the last is NUM_PROCESSES, for any command
+    typed = {word.partition("=")[0] for word in argv}
+    ignored = [
+        f"--{name.name}"
+        for name in fields(arguments)
+        if name.init
+        and name.name not in known
+        and (f"--{name.name}" in typed or getattr(arguments, name.name) != name.default)
+    ]
+    if ignored:
+        raise InputError(
+            f"--compare puts finished evaluations side by side as they are, and has no use for {', '.join(ignored)}; "
+            "leave that out, or evaluate again with it"
+        )
+
+
 def main() -> None:
     arguments = parse_stage_args(EvalArguments, DEFAULT_CONFIG, __doc__)
     try:
         if arguments.compare:
+            _check_comparison(arguments, sys.argv[1:])
             data_dir = Path(arguments.data_dir) if arguments.data_dir else None
             output_dir = Path(arguments.output_dir) if arguments.output_dir else None
             print(run_comparison([Path(name) for name in arguments.compare], data_dir, output_dir))

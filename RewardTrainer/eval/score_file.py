@@ -10,7 +10,8 @@ A row has a `prompt` (a string or chat messages) and responses, in any of these 
     chosen, rejected       -> chosen_reward, rejected_reward
     teacher_response       -> teacher_response_reward
 
-or is a whole conversation, `messages` ending with the assistant's turn -> reward. Other fields pass through untouched,
+or is a whole conversation, `messages` ending with the assistant's turn -> reward. `messages` ending with the user's
+turn is the prompt of the responses beside it, where there is no `prompt`. Other fields pass through untouched,
 a row without an `id` gets one, rows keep their order. Reads JSONL, a JSON array or a hub dataset; `--columns
 ours=theirs,...` renames. Writes JSONL, by default `<input>.rewarded.jsonl`.
 
@@ -109,14 +110,20 @@ def conversations(row: dict) -> dict[str, list[Conversation]]:
     """
     found: dict[str, list[Conversation]] = {}
     fields = [name for name in (*SINGLE, "responses") if row.get(name) is not None]
+    prompt_of = "prompt"
     if row.get("messages") is not None:
-        found["reward"], fields = [_whole(row["messages"])], []
+        if fields and row.get("prompt") is None and _ends_with_user(row["messages"]):
+            prompt_of = "messages"  # what the responses beside it answer
+        elif "response" in fields:
+            raise InputError("fields `messages` and `response` both hold a response; leave one of them out")
+        else:
+            found["reward"] = [_whole(row["messages"])]
     elif not fields:
         raise InputError(f"no response: none of the fields {', '.join((*SINGLE, 'responses', 'messages'))}")
     try:
-        prompt = prompt_messages(row.get("prompt")) if fields else []
+        prompt = prompt_messages(row.get(prompt_of)) if fields else []
     except InputError as fault:
-        raise InputError(f"field `prompt` {fault}") from fault
+        raise InputError(f"field `{prompt_of}` {fault}") from fault
     for name in fields:
         if name == "responses":
             if not isinstance(row[name], list) or not row[name]:
@@ -128,6 +135,11 @@ def conversations(row: dict) -> dict[str, list[Conversation]]:
     if taken:
         raise InputError(f"field `{taken[0]}` is there already; rename it with --columns other_name={taken[0]}")
     return found
+
+
+def _ends_with_user(messages: object) -> bool:
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return isinstance(last, dict) and last.get("role") == "user"
 
 
 def _whole(messages: object) -> Conversation:

@@ -8,6 +8,9 @@
                      second, ... (or "A>B", "B>A"), "tie" (or "A=B"), null where its reply could not be read; `raw`:
                      its reply, not read here
 
+A judge that rates one response at a time has `raw` in its scores, and in its verdicts `ratings`, those of the
+responses as shown, from which its verdicts were made.
+
 Lines of other benchmarks are passed over. A file is read strictly: a line that cannot be used, or that contradicts one
 before it, ends with its number and its field, because a metric over a damaged file would be a wrong number.
 """
@@ -40,6 +43,8 @@ class Stored:
     """One message for each row with nothing, or with not all of its responses, in the file."""
     unknown: int
     """Lines about rows that the benchmark does not have."""
+    rated: bool = False
+    """`said` holds the ratings of a judge that sees one response at a time, of either file."""
 
 
 def read_scores(path: Path, benchmark: str, items: Sequence[Item]) -> Stored:
@@ -50,8 +55,9 @@ def read_scores(path: Path, benchmark: str, items: Sequence[Item]) -> Stored:
     """
     by_key = {item.key: item for item in items}
     scores: dict[tuple[str, str], dict[int, float | None]] = {}
-    unknown = 0
+    unknown, rated = 0, False
     for where, row, key in _lines(path, benchmark):
+        rated = rated or "raw" in row
         index = row.get("response")
         if isinstance(index, bool) or not isinstance(index, int) or index < 0:
             raise InputError(f"{where}: field `response` must be an index from 0, not {index!r}")
@@ -76,13 +82,14 @@ def read_scores(path: Path, benchmark: str, items: Sequence[Item]) -> Stored:
             found.append((item, [row[index] for index in range(len(row))]))
         else:
             missing.append(f"{item.where}: {len(row)} of its {len(item.responses)} responses have a line in {path}")
-    return _stored(path, benchmark, found, missing, unknown)
+    return _stored(path, benchmark, found, missing, unknown, rated)
 
 
 def read_verdicts(path: Path, benchmark: str, items: Sequence[Item]) -> Stored:
-    """The verdicts on a benchmark's rows. Raises InputError as `read_scores`."""
+    """The verdicts on a benchmark's rows, or the ratings they were made from. Raises InputError as `read_scores`."""
     by_key = {item.key: item for item in items}
     verdicts: dict[tuple[str, str], list[Verdict]] = {}
+    ratings: dict[tuple[str, str], dict[int, float | None]] = {}
     unknown = 0
     for where, row, key in _lines(path, benchmark):
         verdict = _verdict(row, where)
@@ -95,9 +102,36 @@ def read_verdicts(path: Path, benchmark: str, items: Sequence[Item]) -> Stored:
         if any(verdict.order == other.order for other in said):
             raise InputError(f"{where}: id {key[1]!r}, order {list(verdict.order)} came before in the file")
         said.append(verdict)
+        if "ratings" in row:
+            rated = ratings.setdefault(key, {})
+            for index, rating in zip(verdict.order, _ratings(row["ratings"], verdict, where), strict=True):
+                if rated.setdefault(index, rating) != rating:
+                    raise InputError(f"{where}: field `ratings` rates response {index} unlike a line before it")
+    if ratings:
+        whole = {i.key: i for i in items if len(ratings.get(i.key, {})) == len(i.responses)}
+        missing = [f"{item.where}: not all of its responses are rated in {path}" for item in items]
+        missing = [message for item, message in zip(items, missing, strict=True) if item.key not in whole]
+        found = [(i, [ratings[key][index] for index in range(len(i.responses))]) for key, i in whole.items()]
+        return _stored(path, benchmark, found, missing, unknown, rated=True)
     found = [(item, verdicts[item.key]) for item in items if item.key in verdicts]
     missing = [f"{item.where}: no line in {path}" for item in items if item.key not in verdicts]
     return _stored(path, benchmark, found, missing, unknown)
+
+
+def _ratings(ratings: object, verdict: Verdict, where: str) -> list[float | None]:
+    """Raises InputError where they are not one number or null for each response shown, or say another verdict."""
+    numbers = isinstance(ratings, list) and len(ratings) == len(verdict.order) == 2
+    for rating in ratings if numbers else []:
+        if rating is not None and (isinstance(rating, bool) or not isinstance(rating, int | float)):
+            numbers = False
+    if not numbers:
+        raise InputError(f"{where}: field `ratings` must hold a number or null for each response, not {ratings!r}")
+    winner = None
+    if None not in ratings:
+        winner = TIE if ratings[0] == ratings[1] else verdict.order[ratings[0] < ratings[1]]
+    if winner != verdict.winner:
+        raise InputError(f"{where}: fields `ratings` and `verdict` contradict each other")
+    return ratings
 
 
 def _verdict(row: dict, where: str) -> Verdict:
@@ -153,13 +187,15 @@ def _lines(path: Path, benchmark: str) -> Iterator[tuple[str, dict, tuple[str, s
         yield where, row, (key[0], key[1])
 
 
-def _stored(path: Path, benchmark: str, found: list[tuple], missing: list[str], unknown: int) -> Stored:
+def _stored(
+    path: Path, benchmark: str, found: list[tuple], missing: list[str], unknown: int, rated: bool = False
+) -> Stored:
     if not found:
         raise InputError(
             f"{path}: no row of {benchmark} is whole in it ({len(missing)} rows without all of their lines, {unknown} "
             "lines about rows the benchmark does not have)"
         )
-    return Stored([item for item, _ in found], [said for _, said in found], missing, unknown)
+    return Stored([item for item, _ in found], [said for _, said in found], missing, unknown, rated)
 
 
 def _infinite(score: int | float) -> bool:

@@ -15,10 +15,24 @@ from distiller.records import InputError
 from RewardTrainer.eval.base import Benchmark
 from RewardTrainer.eval.benchmarks.registry import BENCHMARKS, register
 
-__all__ = ["BENCHMARKS", "load_benchmark", "register"]
+__all__ = ["BENCHMARKS", "load_benchmark", "load_benchmarks", "register"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
+
+
+def load_benchmarks(names: str, data_dir: Path | None) -> list[Benchmark]:
+    """What `--benchmarks` and `--data_dir` name: comma-separated benchmarks and preference files, each once.
+
+    Raises:
+        InputError: nothing named or something twice, no such directory, or as `load_benchmark`
+    """
+    named = [name.strip() for name in names.split(",") if name.strip()]
+    if not named or len({name if name in BENCHMARKS else Path(name).resolve() for name in named}) < len(named):
+        raise InputError(f"--benchmarks {names}: one or more different names expected")
+    if data_dir is not None and not data_dir.is_dir() and any(name in BENCHMARKS for name in named):
+        raise InputError(f"--data_dir {data_dir}: no such directory")
+    return [load_benchmark(name, data_dir) for name in named]
 
 
 def load_benchmark(name: str, data_dir: Path | None) -> Benchmark:

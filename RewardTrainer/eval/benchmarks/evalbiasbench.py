@@ -58,10 +58,9 @@ def _rows(path: Path) -> list[files.Found]:
 
 def make_item(row: dict, where: str) -> Item:
     """Raises InputError naming the field."""
-    if row.get("label") not in (1, 2):
-        raise InputError(f"field `label` must be 1 or 2, not {row.get('label')!r}")
+    chosen = (files.right_of_two(row, "label"),)
     responses = (files.text(row, "response1"), files.text(row, "response2"))
-    return Item(str(row["id"]), row["bias"], files.prompt(row, "instruction"), responses, (row["label"] - 1,), where)
+    return Item(str(row["id"]), row["bias"], files.prompt(row, "instruction"), responses, chosen, where)
 
 
 def combine(means: Means, sizes: Sizes) -> tuple[dict[str, float], float]:

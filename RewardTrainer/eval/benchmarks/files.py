@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 
 from distiller.records import InputError, prompt_messages
@@ -136,6 +136,23 @@ def text(row: dict, name: str, *inner: str) -> str:
         if value is None:
             raise InputError(f"field `{path}` is missing")
     return _string(value, path)
+
+
+def subset(row: dict, name: str, known: Container[str] | None = None) -> str:
+    """The subset of a row, one of the known ones where those are given: a row of another one would be averaged as a
+    subset that upstream does not have. Raises InputError."""
+    value = text(row, name)
+    if not value.strip() or (known is not None and value not in known):
+        raise InputError(f"field `{name}` is no subset of this benchmark: {value[:40]!r}")
+    return value
+
+
+def right_of_two(row: dict, name: str) -> int:
+    """Index of the right one of two responses, from a label 1 or 2. Raises InputError."""
+    value = row.get(name)
+    if isinstance(value, bool) or value not in (1, 2, "1", "2"):
+        raise InputError(f"field `{name}` must be 1 or 2, not {value!r}")
+    return int(value) - 1
 
 
 def texts(row: dict, name: str) -> list[str]:

@@ -45,7 +45,7 @@ def load(split: str, data_dir: Path | None) -> Benchmark:
     items, skipped = files.collect(rows, make_item)
     by_scores = Metric(first_only_if_greater, over_rows)
     by_verdicts = Metric(both_orders(judgebench_rule, 1), over_rows)
-    return Benchmark(name, str(data[0]) if data else HUB, items, skipped, by_scores, by_verdicts)
+    return Benchmark(name, str(data[0]) if data else HUB, items, skipped, by_scores, by_verdicts, {"*": ROWS[split]})
 
 
 def _is_of(path: Path, split: str) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distiller.records import InputError
 from RewardTrainer.eval.base import Benchmark, Item, Metric
 from RewardTrainer.eval.benchmarks import files
 from RewardTrainer.eval.benchmarks.combine import Means, Sizes, mean
@@ -55,11 +54,9 @@ def _numbered(rows, subset: str) -> list[files.Found]:
 
 def make_item(row: dict, where: str) -> Item:
     """Raises InputError naming the field."""
-    label = str(row.get("label"))
-    if label not in ("1", "2"):
-        raise InputError(f"field `label` must be 1 or 2, not {row.get('label')!r}")
+    chosen = (files.right_of_two(row, "label"),)
     responses = (files.text(row, "output_1"), files.text(row, "output_2"))
-    return Item(str(row["id"]), row["subset"], files.prompt(row, "input"), responses, (int(label) - 1,), where)
+    return Item(str(row["id"]), row["subset"], files.prompt(row, "input"), responses, chosen, where)
 
 
 def combine(means: Means, sizes: Sizes) -> tuple[dict[str, float], float]:

@@ -71,7 +71,7 @@ def load(data_dir: Path | None) -> Benchmark:
 def make_item(row: dict, where: str) -> Item:
     """Raises InputError naming the field."""
     responses = (files.text(row, "chosen"), files.text(row, "rejected"))
-    subset = files.text(row, "subset")
+    subset = files.subset(row, "subset")
     return Item(files.name_of(row, "id"), subset, files.prompt(row, "prompt"), responses, (0,), where)
 
 

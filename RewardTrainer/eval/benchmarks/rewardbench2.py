@@ -44,10 +44,11 @@ def load(data_dir: Path | None) -> Benchmark:
 def make_item(row: dict, where: str) -> Item:
     """Raises InputError naming the field."""
     right, wrong = files.texts(row, "chosen"), files.texts(row, "rejected")
-    identifier, subset = files.name_of(row, "id"), files.text(row, "subset")
+    identifier = files.name_of(row, "id")
+    named = files.text(row, "subset")
+    subset = TIES if named.lower() == TIES.lower() else files.subset(row, "subset", SIZES)
     cluster = ""
-    if subset.lower() == TIES.lower():
-        subset = TIES
+    if subset == TIES:
         kind, _, cluster = identifier.partition(":")
         if kind not in ("ref", "tied") or not cluster:
             raise InputError(f"field `id` of a Ties row must be ref:N or tied:N, not {identifier!r}")

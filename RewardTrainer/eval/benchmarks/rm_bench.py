@@ -26,6 +26,8 @@ from RewardTrainer.eval.verdict_metrics import pair_credits
 
 HUB = "THU-KEG/RM-Bench"
 SIZES = {"chat": 129, "code": 228, "math": 529, "safety-refuse": 284, "safety-response": 157}
+DOMAINS = {*SIZES, "safety"}
+"""As rows name theirs; `safety` where its two parts are not told apart."""
 STYLES = 3
 COLUMNS = ("accuracy", "easy", "normal", "hard")
 
@@ -61,7 +63,7 @@ def file_domain(path: Path) -> str:
 def make_item(row: dict, where: str) -> Item:
     """Raises InputError naming the field."""
     responses = (*_styles(row, "chosen"), *_styles(row, "rejected"))
-    domain = files.text(row, "domain")
+    domain = files.subset(row, "domain", DOMAINS)
     prompt = files.prompt(row, "prompt")
     return Item(files.name_of(row, "id"), domain, prompt, responses, tuple(range(STYLES)), where)
 

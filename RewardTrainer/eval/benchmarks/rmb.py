@@ -25,6 +25,10 @@ from RewardTrainer.eval.verdict_metrics import all_pairs_won
 
 FOLDERS = {"rmb-pairwise": "Pairwise_set", "rmb-bon": "BoN_set"}
 CELLS = ("Harmlessness", "Helpfulness")
+SIZES = {
+    "rmb-pairwise": {"Harmlessness/*": 7064, "Helpfulness/*": 10067},
+    "rmb-bon": {"Harmlessness/*": 1677, "Helpfulness/*": 2109},
+}
 
 
 def load(name: str, data_dir: Path | None) -> Benchmark:
@@ -40,7 +44,7 @@ def load(name: str, data_dir: Path | None) -> Benchmark:
     items, skipped = files.collect((row for path in data for row in files.file_rows(path)), MAKERS[name])
     combine = grouped(lambda subset: subset.partition("/")[0].lower())
     by_scores, by_verdicts = Metric(all_pairs_strict, combine), Metric(all_pairs_won, combine)
-    return Benchmark(name, str(data[0].parent), items, skipped, by_scores, by_verdicts)
+    return Benchmark(name, str(data[0].parent), items, skipped, by_scores, by_verdicts, SIZES[name])
 
 
 for _name in FOLDERS:

@@ -30,15 +30,25 @@ def load_engine(
     Raises:
         InputError: an unknown engine, or a model that cannot be loaded or is no reward model
     """
-    unused = {"--attn_implementation": attn_implementation}
-    if adapter is not None:
-        unused |= {"--max_length": max_length, "--dtype": dtype if dtype != "auto" else None}
-        unused |= {"--engine": engine if engine != "hf" else None}
-    elif engine == "hf":
-        unused = {"--tensor_parallel_size": tensor_parallel_size if tensor_parallel_size > 1 else None}
-    if any(unused.values()):
-        names = ", ".join(name for name, value in unused.items() if value)
-        print(f"note: {'the adapter' if adapter else f'--engine {engine}'} has no use for {names}", file=sys.stderr)
+    given = {  # None: as it is by default
+        "--dtype": dtype if dtype != "auto" else None,
+        "--engine": engine if engine != "hf" else None,
+        "--max_length": max_length,
+        "--attn_implementation": attn_implementation,
+        "--tokens_per_batch": tokens_per_batch,
+        "--trust_remote_code": trust_remote_code or None,
+        "--tensor_parallel_size": tensor_parallel_size if tensor_parallel_size != 1 else None,
+        "--gpu_memory_utilization": gpu_memory_utilization if gpu_memory_utilization != 0.9 else None,
+    }
+    of_others = {
+        "hf": ("--tensor_parallel_size", "--gpu_memory_utilization"),
+        "vllm": ("--attn_implementation", "--tokens_per_batch"),
+    }
+    useless = given if adapter is not None else of_others.get(engine, ())
+    unused = [name for name in useless if given[name] is not None]
+    if unused:
+        who = f"--engine {engine}" if adapter is None else "the adapter"
+        print(f"note: {who} has no use for {', '.join(unused)}", file=sys.stderr)
     if adapter is not None:
         import torch
 

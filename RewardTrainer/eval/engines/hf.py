@@ -169,6 +169,7 @@ def can_share_prompts(scorer: Scorer) -> bool:
     model = scorer.model
     config = model.config.get_text_config().to_dict()
     layers = set(config.get("layer_types") or ["full_attention"])
+    layers |= {"local"} & set(config.get("attention_layers") or ())  # GPT-Neo's name for windows
     if (
         reward_head(model) is None
         or model.config.is_encoder_decoder

@@ -19,10 +19,8 @@ from distiller.records import InputError, dump_line
 from RewardTrainer.eval.base import TIE, Benchmark, Item, Metric, Verdict, summarize
 from RewardTrainer.eval.confidence import intervals
 from RewardTrainer.eval.judge.bias import Judged, Value, judge_statistics, rating_statistics, verdicts_of_ratings
+from RewardTrainer.eval.judge.ratings import rating_metric
 from RewardTrainer.eval.judge.replies import POINTWISE
-
-BY_RATING = frozenset({"llmbar"})
-"""Benchmarks of pairs whose official rule for ratings is one over scores."""
 
 
 @dataclass
@@ -140,9 +138,7 @@ def _numbers(metric: Metric, items: Sequence[Item], said: Sequence) -> tuple[dic
 
 
 def _rated(benchmark: Benchmark, items: Sequence[Item], said: Mapping) -> Outcome:
-    """Ratings are scores like a reward model's, with its metric, where a row has more than two responses (the RM-Bench
-    matrix, best of n) or the benchmark's rule for ratings is one over scores; otherwise they decide the pair, and the
-    metric is the one of verdicts, with its rule for ties."""
+    """See `ratings`."""
     kept = [item for item in items if len(said[item.key]) == len(item.responses)]
     replies = [[said[item.key][index,] for index in range(len(item.responses))] for item in kept]
     scores = [[reply.get("score") for reply in row] for row in replies]
@@ -153,21 +149,19 @@ def _rated(benchmark: Benchmark, items: Sequence[Item], said: Mapping) -> Outcom
     ]
     verdicts = [verdicts_of_ratings(item, row) for item, row in zip(kept, scores, strict=True)]
     verdict_lines = [
-        {**_place(benchmark, item), "order": list(verdict.order), "verdict": _word(verdict), "raw": None}
-        for item, row in zip(kept, verdicts, strict=True)
-        for verdict in row
+        {
+            **_place(benchmark, item),
+            "order": list(verdict.order),
+            "verdict": _word(verdict),
+            "ratings": [row[index] for index in verdict.order],
+            "raw": None,
+        }
+        for item, row, said_of in zip(kept, scores, verdicts, strict=True)
+        for verdict in said_of
     ]
-    if rates(benchmark):
-        numbers = _numbers(benchmark.by_scores, kept, scores)
-    else:
-        numbers = _numbers(benchmark.by_verdicts, kept, verdicts)
+    numbers = _numbers(rating_metric(benchmark), kept, scores)
     statistics = rating_statistics(kept, scores)
     return Outcome(benchmark, kept, [[] for _ in kept], *numbers, statistics, {}, verdict_lines, score_lines)
-
-
-def rates(benchmark: Benchmark) -> bool:
-    """Whether ratings count by the benchmark's metric over scores."""
-    return benchmark.name in BY_RATING or any(len(item.responses) > 2 for item in benchmark.items)
 
 
 def _judged(order: tuple[int, ...], reply: dict) -> Judged:

@@ -1,5 +1,6 @@
-"""`report.html` of a judge: one file, no script, nothing loaded from anywhere. Every text that comes from a model or a
-data file is escaped, and the page's own policy forbids scripts and remote content besides."""
+"""`report.html` and `results.md` of a judge. The page is one file, no script, nothing loaded from anywhere. Every text
+that comes from a model or a data file is escaped, and the page's own policy forbids scripts and remote content
+besides."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from RewardTrainer.eval.base import TIE, Item
 from RewardTrainer.eval.evaluation import average_columns, shown
 from RewardTrainer.eval.judge.bias import Judged
 from RewardTrainer.eval.judge.outcome import Outcome
+from RewardTrainer.eval.markdown import plain, table
 
 MISTAKES = 5
 LONGEST_TEXT = 1500
@@ -43,7 +45,23 @@ def build_page(model: str, judge: Mapping, outcomes: Sequence[Outcome]) -> str:
     )
 
 
-def _section(outcome: Outcome) -> str:
+def build_markdown(model: str, judge: Mapping, outcomes: Sequence[Outcome]) -> str:
+    """`results.md`: every table of the page as Markdown. Arguments as `build_page`."""
+    asked = ["Asked with", ""], [[title_of(name), str(value)] for name, value in judge.items()]
+    parts = [f"# Judge evaluation: {plain(model)}", _markdown_table(*asked), "Brackets are 95 % bootstrap intervals."]
+    for outcome in outcomes:
+        averages, subsets, statistics, counts = _tables(outcome)
+        parts += [f"## {plain(outcome.benchmark.name)}", _markdown_table(*averages), _markdown_table(*subsets)]
+        parts += ["### The judge", _markdown_table(*statistics), "### Counts", _markdown_table(*counts)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    return table([plain(cell) for cell in header], [[plain(cell) for cell in row] for row in rows])
+
+
+def _tables(outcome: Outcome) -> list[tuple[list[str], list[list[str]]]]:
+    """(header, rows) of averages, subsets, what the verdicts say about the judge, and counts."""
     columns, spans = average_columns(outcome.summary), average_columns(outcome.intervals)
     subsets, subset_spans = outcome.summary["subsets"], outcome.intervals["subsets"]
     further = [name for name in next(iter(subsets.values()), {}) if name not in ("accuracy", "n")]
@@ -57,17 +75,27 @@ def _section(outcome: Outcome) -> str:
         for name, row in subsets.items()
     ]
     counts = [[title_of(name), str(value)] for name, value in outcome.counts.items() if isinstance(value, int)]
+    return [
+        (list(columns), [[_estimate(value, spans.get(name)) for name, value in columns.items()]]),
+        (["Subset", "Accuracy", *map(title_of, further), "n"], rows),
+        (["", ""], [[title_of(name), value_of(value)] for name, value in outcome.statistics.items()]),
+        (["", ""], counts),
+    ]
+
+
+def _section(outcome: Outcome) -> str:
+    averages, subsets, statistics, counts = (_table(*content) for content in _tables(outcome))
     parts = [
         f"<h2>{escape(outcome.benchmark.name)}</h2>",
         f"<p>Rows from {escape(outcome.benchmark.source)}.</p>",
-        _table(list(columns), [[_estimate(value, spans.get(name)) for name, value in columns.items()]]),
-        _table(["Subset", "Accuracy", *map(title_of, further), "n"], rows),
+        averages,
+        subsets,
         "<h3>The judge</h3>",
-        _table(["", ""], [[title_of(name), value_of(value)] for name, value in outcome.statistics.items()]),
+        statistics,
     ]
     if any(outcome.judged):
         parts += ["<h3>Wrong in every order</h3>", _mistakes(outcome)]
-    parts += ["<h3>Counts</h3>", _table(["", ""], counts)]
+    parts += ["<h3>Counts</h3>", counts]
     for name in ("skipped_rows", "refused_asks"):
         if outcome.counts[name]:
             messages = escape("\n".join(outcome.counts[name]))
