@@ -221,6 +221,30 @@ def test_teacher_of_another_vocabulary_is_refused_before_weights_and_unused_with
     assert (tmp_path / "out/model.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_script_refuses_a_teacher_of_another_vocabulary_before_it_reads_weights(world, tmp_path):
+    for name in ("student", "teacher"):
+        (tiny_model(tmp_path / name) / "model.safetensors").unlink()
+    own = AutoTokenizer.from_pretrained(tmp_path / "student")
+    own.add_tokens(["<own>"])
+    own.save_pretrained(tmp_path / "student")
+    process = launch(tmp_path, tmp_path / "out", "--train_file", str(world / "scored.jsonl"), zero=2, wait=False)
+    assert process.wait(timeout=300) == 1
+    assert "'<own>' is 314 in the student and missing in the teacher" in (tmp_path / "out.log").read_text()
+
+
+def test_teacher_of_another_architecture_with_tokens_of_its_own_teaches(world, tmp_path):
+    """As Qwen3 over Qwen2.5: the same ids for the student's tokens, more tokens, more padding ids."""
+    teacher = tiny_model(tmp_path / "teacher", hidden=48, seed=1, vocab=448, family="qwen3")
+    more = AutoTokenizer.from_pretrained(teacher)
+    more.add_tokens(["<think>", "</think>"])
+    more.save_pretrained(teacher)
+    given = [*flags(world, tmp_path / "out", batch_size=2), "--teacher_model", str(teacher), "--learning_rate", "1e-2"]
+    run_reward_train.main([*given, "--eval_ratio", "0.2", "--reward_weight", "0", "--sft_weight", "0"])
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert 0 < metrics["after"]["eval_loss_kl"] < 0.95 * metrics["before"]["eval_loss_kl"]
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_parses(recipe, tmp_path, monkeypatch):
     off_gpu = ["--bf16", "false"]

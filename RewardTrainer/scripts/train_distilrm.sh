@@ -7,9 +7,10 @@
 #   bash scripts/train_distilrm.sh --resume_from_checkpoint last
 #   HOSTFILE=hosts.txt bash scripts/train_distilrm.sh --config ...            # several nodes, DeepSpeed's hostfile format
 #
-# NUM_PROCESSES  processes on this machine; default: the number of GPUs, or 1
+# NUM_PROCESSES  processes on this machine; default: the number of GPUs, or 1. With a hostfile: on each node, default its slots
 # ZERO           2 (default), 1, 3, 2_offload, 3_offload: which of configs/deepspeed/; `--deepspeed FILE` gives another
-# MASTER_PORT    default: a free one (several nodes: DeepSpeed's own)
+# MASTER_PORT    default: a free one (with a hostfile 29500)
+# MASTER_ADDR    with a hostfile: the first node's address for the others; default: the first that its `hostname -I` gives
 # SIGTERM saves a checkpoint and ends with exit code 143.
 # Paths are relative to RewardTrainer/, from wherever this is called.
 set -euo pipefail
@@ -32,10 +33,21 @@ if ((gpus == 0)); then
 fi
 
 launch=()
+hosts=()
 if [[ -n "${HOSTFILE:-}" ]]; then
-  launch+=(--hostfile "$HOSTFILE")
+  if [[ ! -f "$HOSTFILE" ]]; then # DeepSpeed would train on this machine alone
+    echo "error: HOSTFILE=$HOSTFILE: no such file from $PWD; give its absolute path" >&2
+    exit 1
+  fi
+  mapfile -t hosts < <(awk '!/^[[:space:]]*(#|$)/ { print $1 }' "$HOSTFILE")
+  if ((${#hosts[@]} > 1)) && ! command -v pdsh >/dev/null; then
+    echo "error: pdsh is not installed here, and DeepSpeed starts the ranks of other nodes through it (Debian's package: pdsh)" >&2
+    exit 1
+  fi
+  MASTER_PORT="${MASTER_PORT:-29500}"
+  launch+=(--hostfile "$HOSTFILE" --master_port "$MASTER_PORT")
+  [[ -n "${MASTER_ADDR:-}" ]] && launch+=(--master_addr "$MASTER_ADDR")
   [[ -n "${NUM_PROCESSES:-}" ]] && launch+=(--num_accelerators "$NUM_PROCESSES")
-  [[ -n "${MASTER_PORT:-}" ]] && launch+=(--master_port "$MASTER_PORT")
 else
   free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
   MASTER_PORT="${MASTER_PORT:-$(python -c "$free_port")}"
@@ -71,10 +83,14 @@ defaults+=("${zero_config[@]}")
 deepspeed "${launch[@]}" --no_local_rank --module RewardTrainer.train.run_reward_train ${defaults[@]+"${defaults[@]}"} "$@" &
 launcher=$!
 
-# Pre-emption: the ranks save a checkpoint and end. On one node the launcher itself would die and leave them running; with
-# a hostfile it passes the signal on.
+# Pre-emption: the ranks save a checkpoint and end. DeepSpeed's launchers would not let them: the one of a single node dies
+# and leaves them running, that of several kills them. So the signal goes to the children of each node's launcher.
 stop() {
-  [[ -z "${HOSTFILE:-}" ]] && python - "$launcher" <<'PYTHON' || kill -TERM "$launcher"
+  if ((${#hosts[@]} > 1)); then
+    local ranks="pgrep -d, -f '^[^ ]+ -u -m deepspeed[.]launcher[.]launch .* --node_rank=%n .* --master_port=$MASTER_PORT '"
+    PDSH_RCMD_TYPE=ssh pdsh -S -w "$(IFS=, && echo "${hosts[*]}")" "pkill -TERM -P \$($ranks)" || kill -TERM "$launcher"
+  else
+    python - "$launcher" <<'PYTHON' || kill -TERM "$launcher"
 import sys
 
 import psutil  # DeepSpeed's own dependency
@@ -84,6 +100,7 @@ ranks = [rank for node in runner.children() for rank in node.children()]
 for process in ranks or [*runner.children(), runner]:  # no rank yet: nothing to save
     process.terminate()
 PYTHON
+  fi
 }
 trap stop TERM
 trap : INT # Ctrl-C reaches the launcher too, which ends the ranks

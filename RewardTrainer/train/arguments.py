@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 from trl import TrlParser
 
 from distiller.records import InputError
@@ -68,6 +69,10 @@ class ModelArguments:
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Names of the linear layers with adapters; None: all of the backbone's."}
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "QLoRA: with --use_peft, the frozen base in 4 bits (NF4). Needs bitsandbytes."},
+    )
     model_revision: str = field(default="main", metadata={"help": "Hub revision of the student."})
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code that comes with the models. Said aloud when on."}
@@ -78,6 +83,8 @@ class ModelArguments:
         given = [name for name in lora if getattr(self, name) != type(self).__dataclass_fields__[name].default]
         if given and not self.use_peft:
             raise InputError(f"--{given[0]} would be ignored: it goes with --use_peft")
+        if self.load_in_4bit and not self.use_peft:
+            raise InputError("--load_in_4bit: 4-bit weights cannot be trained themselves; it goes with --use_peft")
         if self.lora_r < 1 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
             raise InputError("--lora_r and --lora_alpha must be above 0, --lora_dropout at least 0 and below 1")
 
@@ -133,6 +140,13 @@ class DistilConfig(TrainingArguments):
         default=None,
         metadata={"help": "Adds this times (r_chosen + r_rejected)^2 to each pair's loss: rewards around 0."},
     )
+    normalize_rewards: bool = field(
+        default=False,
+        metadata={
+            "help": "Export rewards divided by their standard deviation, measured after training, and with --head mlp "
+            "less their mean. A linear head cannot carry a shift."
+        },
+    )
     kl_temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL term."})
     layout: Literal["shared_prefix", "padding_free", "padded"] | None = field(
         default=None,
@@ -166,6 +180,9 @@ class DistilConfig(TrainingArguments):
         default=False, metadata={"help": "Must stay false: the collator reads every field."}
     )
     report_to: str = field(default="none", metadata={"help": "none, tensorboard, wandb, ..."})
+    hub_strategy: str = field(
+        default="end", metadata={"help": "Must stay end: --push_to_hub uploads finished models."}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
 
     def __post_init__(self):
@@ -194,6 +211,11 @@ class DistilConfig(TrainingArguments):
             )
         if self.kl_temperature != 1 and not check_weights(self.loss_type, self.sft_weight, self.kl_weight)[1]:
             raise InputError(f"--kl_temperature {self.kl_temperature:g} would be ignored: there is no KL term")
+        if self.push_to_hub and self.hub_strategy != HubStrategy.END:
+            raise InputError(
+                f"--hub_strategy {self.hub_strategy.value}: a checkpoint is not the model that a run ends with (of "
+                "LoRA it is the adapters alone); --push_to_hub uploads the finished model, leave it at end"
+            )
         if self.remove_unused_columns:
             raise InputError("--remove_unused_columns true: the collator reads every field of a pair; leave it false")
 

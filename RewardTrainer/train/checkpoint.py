@@ -4,6 +4,7 @@ A checkpoint directory is a stock sequence-classification model, so that `transf
 load it with no code of ours:
 
     config.json             num_labels 1; problem_type "regression", or vLLM puts a sigmoid on the reward; pad_token_id
+                            and, of a finished run, reward_mean and reward_std
     model*.safetensors      backbone and `score.weight`
     tokenizer files         chat template; a pad token that is not EOS, or pooling would skip a final EOS
     reward_student.json     what the stock files do not say: kind of head, where the LM head is
@@ -21,6 +22,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,6 +44,7 @@ from distiller.records import InputError
 from RewardTrainer.train import modeling_mlp_reward
 from RewardTrainer.train.lora import has_adapters, load_adapters, merged_state, plain_names, save_adapters
 from RewardTrainer.train.modeling_mlp_reward import MLPRewardForSequenceClassification
+from RewardTrainer.train.quantization import load_args_4bit, settle
 from RewardTrainer.train.student import (
     MLP_WIDTH,
     LanguageHead,
@@ -132,21 +135,32 @@ def load_student(
     head: str = "linear",
     language_head: bool = True,
     dtype: torch.dtype = torch.float32,
+    in_4bit_on: torch.device | None = None,
     **load_args,
 ) -> RewardStudent:
     """A student from a causal LM, from a reward model, or from a checkpoint of either kind of head saved here.
 
     path: directory or hub name. tokenizer: prepared; embeddings grow when it outgrew them. language_head: whether the
-    loss has generative terms; without them an untied LM head is kept but frozen. load_args go to `from_pretrained`.
+    loss has generative terms; without them an untied LM head is kept but frozen. in_4bit_on: put the backbone there,
+    its linear layers in 4 bits (`quantization.py`). load_args go to `from_pretrained`.
 
-    Raises ValueError for a generative loss on a model without LM head, for a model whose head is not one scalar, and
-    for an architecture that could not be exported.
+    Raises ValueError for a generative loss on a model without LM head, for a model whose head is not one scalar, for
+    weights that are stored quantized, and for an architecture that could not be exported.
     """
     config = AutoConfig.from_pretrained(path, **load_args)
+    if "quantization_config" in vars(config):
+        raise InputError(
+            f"{path} has quantized weights, which cannot be trained: start from the model that it was made of, with "
+            "--use_peft --load_in_4bit where memory is short"
+        )
+    if in_4bit_on is not None:
+        load_args |= load_args_4bit(in_4bit_on)
     ours = read_student_file(path)
     is_reward_model = any(name.endswith("ForSequenceClassification") for name in config.architectures or []) or ours
     if is_reward_model:
         backbone, score, lm_head, head = _from_reward_model(path, config, ours, head, dtype, load_args)
+        if in_4bit_on is not None:
+            settle(backbone)
         if lm_head is None and language_head:
             raise InputError(
                 f"{path} is a reward model without an LM head, and this loss has generative terms: set --sft_weight 0 "
@@ -160,6 +174,8 @@ def load_student(
                 lm_head.weight = backbone.get_input_embeddings().weight
     else:
         lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **load_args)
+        if in_4bit_on is not None:
+            settle(lm.base_model)
         if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
             lm.resize_token_embeddings(len(tokenizer))
             logger.warning("%s: embeddings resized to %d tokens", path, len(tokenizer))
@@ -258,20 +274,54 @@ def stock_model(student: RewardStudent, state: dict[str, torch.Tensor] | None = 
     return model
 
 
+class RewardScale(NamedTuple):
+    """Mean and standard deviation of measured rewards."""
+
+    mean: float
+    std: float
+
+
+def normalized(
+    state: dict[str, torch.Tensor], head: str, scale: RewardScale
+) -> tuple[dict[str, torch.Tensor], RewardScale]:
+    """Weights whose rewards have standard deviation 1 where `scale` was measured, and the scale of those rewards.
+
+    The last layer of an MLP head has a bias: its rewards become (r - mean) / std. A linear head has none, in the stock
+    classes of transformers, and can carry no shift: its rewards become r / std, with mean mean / std. Rewards that are
+    all the same are left alone.
+    """
+    if scale.std == 0:
+        logger.warning("every measured reward is %g: they cannot be normalized", scale.mean)
+        return state, scale
+    names = {"linear": ("score.weight",), "mlp": ("score.2.weight", "score.2.bias")}[head]
+    shift = {"score.2.bias": scale.mean}
+    folded = {name: ((state[name].float() - shift.get(name, 0.0)) / scale.std).to(state[name].dtype) for name in names}
+    return state | folded, RewardScale(scale.mean / scale.std if head == "linear" else 0.0, 1.0)
+
+
 def save_student(
     student: RewardStudent,
     tokenizer: PreTrainedTokenizerBase,
     output_dir: str | Path,
     state: dict[str, torch.Tensor] | None = None,
     save_lm: bool = False,
+    scale: RewardScale | None = None,
+    normalize: bool = False,
 ) -> None:
-    """Write a checkpoint directory (module docstring), on one rank. `state` as for `stock_model`, None: its own."""
+    """Write a checkpoint directory (module docstring), on one rank. `state` as for `stock_model`, None: its own.
+
+    scale: the student's rewards as measured, for config.json; normalize: fold it into the exported head.
+    """
     output_dir = Path(output_dir)
     state = student.state_dict() if state is None else state
+    if scale is not None and normalize:
+        state, scale = normalized(state, student.head, scale)
     if has_adapters(student):
         save_adapters(student, output_dir / ADAPTER_DIR, state)
         state = merged_state(student, state)
     model = stock_model(student, state)
+    if scale is not None:
+        model.config.reward_mean, model.config.reward_std = scale
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     if student.head == "mlp":

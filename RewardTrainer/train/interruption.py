@@ -25,7 +25,7 @@ EXIT_CODE = 128 + signal.SIGTERM
 MODEL_SETTINGS = (
     *("model_name_or_path", "model_revision", "head", "dtype"),
     *("teacher_model", "teacher_dtype", "teacher_logprobs", "kl_tail"),
-    *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+    *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit"),
 )
 SETTINGS = (
     *("loss_type", "reward_weight", "sft_weight", "kl_weight", "margin_scale", "kl_temperature"),
@@ -68,6 +68,7 @@ class SaveOnSigterm(TrainerCallback):
         if self.agreed:
             if args.world_size > 1:  # the launcher ends the others as soon as one is gone
                 torch.distributed.barrier()
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this rank's own may come late: it is ending already
             raise Interrupted(f"{args.output_dir}/checkpoint-{state.global_step}")
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -10,6 +10,8 @@ checkpoints hold adapters and reward head alone, in the format of peft:
 
     base = AutoModelForSequenceClassification.from_pretrained(the base, num_labels=1)
     model = PeftModel.from_pretrained(base, "<output_dir>/adapter")
+
+With `--head mlp` the base is an `MLPRewardForSequenceClassification` around the backbone.
 """
 
 import logging
@@ -25,6 +27,8 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from distiller.records import InputError
+from RewardTrainer.train.modeling_mlp_reward import MLPRewardForSequenceClassification
+from RewardTrainer.train.quantization import dequantized, is_transposed
 from RewardTrainer.train.student import RewardStudent
 
 logger = logging.getLogger(__name__)
@@ -58,7 +62,8 @@ def add_adapters(
             if _is_adapter(name) and not is_deepspeed_zero3_enabled():
                 parameter.data = parameter.data.float()
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    every = sum(getattr(p, "ds_numel", p.numel()) for p in student.parameters())
+    packed = {torch.uint8: 2}  # 4-bit weights a byte
+    every = sum(getattr(p, "ds_numel", p.numel()) * packed.get(p.dtype, 1) for p in student.parameters())
     logger.info("LoRA: %d of %d parameters are trained (%.2f%%)", trained, every, 100 * trained / every)
 
 
@@ -81,23 +86,31 @@ def plain_names(backbone: PreTrainedModel) -> list[str]:
 
 
 def merged_state(student: RewardStudent, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`student.state_dict()`, or what a ZeRO engine gathered of it, with the adapters added to their layers."""
-    merged = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if not _is_adapter(name)}
+    """`student.state_dict()`, or what a ZeRO engine gathered of it, with the adapters added to their layers.
+
+    4-bit layers are dequantized first.
+    """
+    full = {f"backbone.{name}": tensor for name, tensor in dequantized(student.backbone).items()}
+    plain = {name: tensor for name, tensor in (state | full).items() if not _is_adapter(name)}
+    merged = {name.replace(".base_layer.", "."): tensor for name, tensor in plain.items()}
     for name, layer in _layers(student.backbone).items():
         prefix = f"backbone.{name}."
         a, b = (state[f"{prefix}lora_{which}.{NAME}.weight"].float() for which in "AB")  # (r, in), (out, r)
         delta = layer.scaling[NAME] * (b @ a)  # (out, in)
         weight = merged[f"{prefix}weight"]
-        delta = delta.T if layer.fan_in_fan_out else delta  # GPT-2 keeps its layers transposed
+        transposed = layer.fan_in_fan_out or is_transposed(layer.get_base_layer())  # as GPT-2 keeps its layers
+        delta = delta.T if transposed else delta
         merged[f"{prefix}weight"] = (weight.float() + delta.to(weight.device)).to(weight.dtype)
     return merged
 
 
 def _names(student: RewardStudent) -> dict[str, str]:
     """Name of each saved tensor in the student -> its name in peft's file."""
-    head = "score" if student.head == "linear" else "classifier"
+    head, backbone = "score", student.backbone.base_model_prefix
+    if student.head == "mlp":
+        head, backbone = "classifier", MLPRewardForSequenceClassification.base_model_prefix
     names = {f"score.{name}": f"base_model.model.{head}.{name}" for name in student.score.state_dict()}
-    prefix = f"base_model.model.{student.backbone.base_model_prefix}."
+    prefix = f"base_model.model.{backbone}."
     for name in student.backbone.state_dict():
         if _is_adapter(name):
             names[f"backbone.{name}"] = prefix + name.replace(f".{NAME}.", ".")

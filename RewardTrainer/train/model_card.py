@@ -31,6 +31,7 @@ with torch.no_grad():
     rewards = model(**batch).logits[:, 0]  # (answers,): the greater, the better
 print(rewards.tolist())
 """
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "load_in_4bit")
 HYPERPARAMETERS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "weight_decay"),
     *("max_grad_norm", "optim", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed"),
@@ -66,9 +67,7 @@ def write_card(
         "## Use",
         f"```python\n{USAGE.format(code=', trust_remote_code=True' if model_args.head == 'mlp' else '')}```",
     ]
-    if "reward_mean" in config:
-        spread = f", standard deviation {config['reward_std']:.4g}" if "reward_std" in config else ""
-        parts.append(f"Rewards on held-out answers: mean {config['reward_mean']:.4g}{spread}.")
+    parts.append(_scale(config, metrics["rewards"]))
     parts += ["## Data", _data(metrics["data"]), _held_out_line(data_args, metrics)]
     parts += ["## Training", _table(("", "value"), _settings(model_args, data_args, args))]
     if "after" in metrics:
@@ -78,6 +77,17 @@ def write_card(
     file = output_dir / "README.md"
     file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return file
+
+
+def _scale(config: Mapping, trained: Mapping) -> str:
+    where = "held-out answers" if trained["held_out"] else "answers it was trained on"
+    line = f"Rewards on {where}: mean {config['reward_mean']:.4g}, standard deviation {config['reward_std']:.4g}."
+    if trained["normalized_in_export"]:
+        line += (
+            f" They were normalized after training, when these were {trained['mean']:.4g} and {trained['std']:.4g}; "
+            "the reward gaps and losses below are in the scale of training."
+        )
+    return line
 
 
 def _data(statistics: Sequence[Mapping]) -> str:
@@ -108,6 +118,8 @@ def _settings(model_args: ModelArguments, data_args: DataArguments, args: Distil
     if spec.uses_margin:
         settings["margin_scale"] = args.margin_scale
     settings |= {"head": model_args.head, "max_length": data_args.max_length, "overlong": data_args.overlong}
+    if model_args.use_peft:
+        settings |= {name: getattr(model_args, name) for name in ("use_peft", *LORA)}
     given = args.to_dict() | {"world_size": args.world_size}
     settings |= {name: given[name] for name in HYPERPARAMETERS if name != "max_steps" or given[name] > 0}
     return [(f"`{name}`", _shown(value)) for name, value in settings.items()]

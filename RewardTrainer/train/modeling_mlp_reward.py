@@ -16,7 +16,8 @@ class MLPHead(nn.Sequential):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         # vLLM's Transformers backend hands over (rows, 1, H), as to heads that pick the first token themselves.
-        return super().forward(hidden.squeeze(1) if hidden.dim() == 3 else hidden)
+        hidden = hidden.squeeze(1) if hidden.dim() == 3 else hidden
+        return super().forward(hidden.to(self[0].weight.dtype))  # in here: peft puts a wrapper around the head
 
 
 class MLPRewardForSequenceClassification(PreTrainedModel):
@@ -54,4 +55,4 @@ class MLPRewardForSequenceClassification(PreTrainedModel):
         positions = torch.arange(input_ids.shape[1], device=hidden.device)
         last = (positions * (input_ids != self.config.pad_token_id)).argmax(-1)  # (rows,)
         pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]  # (rows, H)
-        return SequenceClassifierOutputWithPast(logits=self.classifier(pooled.to(self.classifier[0].weight.dtype)))
+        return SequenceClassifierOutputWithPast(logits=self.classifier(pooled))

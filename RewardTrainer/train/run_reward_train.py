@@ -20,7 +20,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import DistributedType
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
@@ -40,8 +39,9 @@ from RewardTrainer.train.lora import add_adapters
 from RewardTrainer.train.losses import check_weights, loss_spec
 from RewardTrainer.train.model_card import write_card
 from RewardTrainer.train.plots import calibration, draw_calibration, draw_curves
+from RewardTrainer.train.quantization import check_4bit
 from RewardTrainer.train.student import LiveTeacher, choose_layout
-from RewardTrainer.train.trainer import DistilTrainer, generative_field, last_checkpoint
+from RewardTrainer.train.trainer import HELD_OUT_FILE, DistilTrainer, generative_field, last_checkpoint
 from RewardTrainer.train.vocabulary import match_vocabularies
 
 logger = logging.getLogger("RewardTrainer")
@@ -55,6 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
     set_up(model_args, args)
     sft_weight, kl_weight = check_weights(args.loss_type, args.sft_weight, args.kl_weight, args.margin_scale)
     generative = generative_field(args.loss_type, sft_weight, kl_weight)
+    if model_args.load_in_4bit:
+        stage = args.hf_deepspeed_config.get_value("zero_optimization.stage", 0) if args.deepspeed else 0
+        check_4bit(args.device, stage, fsdp=bool(args.fsdp))
 
     # Vocabularies, before any weight is read
     check_path("--model_name_or_path", model_args.model_name_or_path)
@@ -127,6 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
         head=model_args.head,
         language_head=generative is not None,
         dtype=DTYPES[model_args.dtype],
+        in_4bit_on=args.device if model_args.load_in_4bit else None,
         **student_source,
         **load_args,
     )
@@ -177,24 +181,28 @@ def main(arguments: list[str] | None = None) -> None:
         result = trainer.train(resume_from_checkpoint=resume_from)
     except Interrupted as stopped:
         logger.warning("stopped by SIGTERM; to go on from %s: --resume_from_checkpoint last", stopped)
+        trainer.end()  # a process group that is still there at exit may abort, with another exit code
         sys.exit(EXIT_CODE)
 
-    # Model, then metrics: what a run is for first
-    trainer.save_model()
+    # How rewards lie, which the model says; then the model, then metrics: what a run is for first
+    measured = (eval_pairs or train_pairs)[:STATISTICS_PAIRS]
+    scale = trainer.measure_rewards(measured)
+    trainer.save_model(_internal_call=True)  # not pushed before the rest is there
     trainer.save_state()
     metrics = {"train": result.metrics, "counts": {"train": dict(train_counts), "eval": dict(eval_counts)}}
     metrics["data"] = statistics
+    # All metrics are in the scale of training; the export's may be another one.
+    metrics["rewards"] = {**scale._asdict(), "pairs": len(measured), "held_out": bool(eval_pairs)}
+    metrics["rewards"]["normalized_in_export"] = args.normalize_rewards
     if eval_pairs:
         metrics["before"] = next((log for log in trainer.state.log_history if "eval_loss" in log), None)
         metrics["after"] = trainer.evaluate()
         held_out_pairs = trainer.held_out_pairs
         metrics["calibration"] = calibration(**held_out_pairs)
-    rewards = trainer.predict((eval_pairs or train_pairs)[:STATISTICS_PAIRS]).predictions[:, :2]  # chosen, rejected
     if trainer.is_world_process_zero():
-        write_statistics(Path(args.output_dir) / "config.json", rewards)
         if data_args.eval_ratio:
             held_out = b"".join(map(dump_line, mixture.held_out))
-            (Path(args.output_dir) / "held_out.jsonl").write_bytes(held_out)
+            (Path(args.output_dir) / HELD_OUT_FILE).write_bytes(held_out)
         file = Path(args.output_dir) / "metrics.json"
         file.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         if metrics.get("calibration"):
@@ -202,14 +210,9 @@ def main(arguments: list[str] | None = None) -> None:
         draw_curves(file.with_name("curves.png"), trainer.state.log_history)
         write_card(args.output_dir, model_args, data_args, args, metrics)
         logger.info("reward model in %s, metrics in %s", args.output_dir, file)
+    if args.push_to_hub:
+        trainer.push()
     trainer.end()
-
-
-def write_statistics(config: Path, rewards: np.ndarray) -> None:
-    """`reward_mean` and `reward_std` of these rewards in an exported config.json, as information."""
-    facts = json.loads(config.read_text(encoding="utf-8"))
-    facts |= {"reward_mean": float(rewards.mean()), "reward_std": float(rewards.std())}
-    config.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def set_up(model_args: ModelArguments, args: DistilConfig) -> None:
@@ -232,6 +235,11 @@ def set_up(model_args: ModelArguments, args: DistilConfig) -> None:
         deepspeed.init_distributed()
     if model_args.trust_remote_code:
         logger.warning("trust_remote_code: code that comes with the models runs with your rights")
+    if args.normalize_rewards and model_args.head == "linear":
+        logger.warning(
+            "--normalize_rewards: a linear head has no bias, so rewards are divided by their standard deviation and "
+            "their mean stays; --head mlp carries a shift, --center_rewards_coefficient keeps the mean near 0"
+        )
 
 
 def check_path(flag: str, path: str | None) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import DistributedType, gather_object
+from huggingface_hub import HfApi
 from transformers import EvalPrediction, Trainer
 
 from distiller.records import InputError
@@ -31,6 +32,7 @@ from RewardTrainer.eval.metrics import gap_margin_agreement
 from RewardTrainer.train import checkpoint
 from RewardTrainer.train.batches import PairCollator, list_features, split_to
 from RewardTrainer.train.cached_teacher import CachedTeacher
+from RewardTrainer.train.data import PairFeatures
 from RewardTrainer.train.interruption import RUN_FILE, SaveOnSigterm
 from RewardTrainer.train.lora import has_adapters, save_adapters
 from RewardTrainer.train.losses import center_loss, check_weights, loss_spec, reward_loss
@@ -39,6 +41,7 @@ from RewardTrainer.train.student import LiveTeacher
 logger = logging.getLogger(__name__)
 
 COMPLETE_FILE = "checkpoint_complete"
+HELD_OUT_FILE = "held_out.jsonl"
 STUDENT_KEYS = (
     *("input_ids", "attention_mask", "position_ids", "segments"),
     *("reward_index", "gen_index", "gen_targets", "gen_pairs"),
@@ -85,6 +88,7 @@ class DistilTrainer(Trainer):
         self.shared_ids = None if shared_ids is None else shared_ids.to(self.args.device)
         self.settings = settings or {}
         self.held_out_pairs: dict[str, np.ndarray | None] = {}
+        self.reward_scale: checkpoint.RewardScale | None = None
         self._sums: dict[str, torch.Tensor] = {}
         self.add_callback(SaveOnSigterm())
 
@@ -269,7 +273,28 @@ class DistilTrainer(Trainer):
                 metrics["loss"] += self.kl_weight * metrics["loss_kl"]
         return metrics
 
+    def measure_rewards(self, pairs: Sequence[PairFeatures]) -> checkpoint.RewardScale:
+        """Mean and deviation of the rewards of both answers of these pairs; the final model is saved with them."""
+        rewards = self.predict(pairs).predictions[:, :2]  # (pairs, 2): chosen, rejected
+        self.reward_scale = checkpoint.RewardScale(float(rewards.mean()), float(rewards.std()))
+        return self.reward_scale
+
     # Checkpoints
+
+    def push(self) -> None:
+        """Upload what the output directory holds, but checkpoints and held-out rows, in one commit (`--push_to_hub`).
+
+        `Trainer.push_to_hub` would save the model once more, and take the rows along.
+        """
+        if self.is_world_process_zero():
+            HfApi().upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=self.args.output_dir,
+                commit_message="End of training",
+                token=self.args.hub_token,
+                revision=self.args.hub_revision,
+                ignore_patterns=["_*", "checkpoint-*", HELD_OUT_FILE],
+            )
 
     def create_model_card(self, *_, **__) -> None:
         """`model_card.py` writes README.md at the end of a run; the Trainer's own, before a push, would replace it."""
@@ -283,8 +308,9 @@ class DistilTrainer(Trainer):
         if has_adapters(student) and not final:
             save_adapters(student, output_dir, state_dict or None)
         else:
-            save_lm = self.args.save_lm and final
-            checkpoint.save_student(student, self.processing_class, output_dir, state_dict or None, save_lm=save_lm)
+            last = {"save_lm": self.args.save_lm, "scale": self.reward_scale, "normalize": self.args.normalize_rewards}
+            own = last if final else {}
+            checkpoint.save_student(student, self.processing_class, output_dir, state_dict or None, **own)
         (output_dir / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
 
     def _save_checkpoint(self, model, trial) -> None:
