@@ -163,7 +163,7 @@ class StageArguments(FileArguments):
             "price_per_million",
             "dry_run",
             "num_engines",
-            "max_model_len",  # more rows fit; none changes
+            "max_model_len",  # more rows fit; none changes, or the engine's facts say so (longrope)
             "tensor_parallel_size",
             "trust_remote_code",
             "gpu_memory_utilization",
@@ -180,6 +180,11 @@ class StageArguments(FileArguments):
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_p, self.top_k, self.max_tokens)
+
+    @property
+    def longest_reply(self) -> int:
+        """The most tokens that any reply can take."""
+        return self.max_tokens
 
     @property
     def template_kwargs(self) -> dict:
@@ -284,9 +289,18 @@ def parse_stage_args(
     )
     if unknown:
         parser.error(f"unknown argument {' '.join(unknown)}")
+    for name in lists:
+        setattr(args, name, _expanded(getattr(args, name)))
     # <root>/<stage>/configs/example.yaml, <root>/distiller/arguments.py
     args.root = default_config.resolve().parents[2] if default_config else Path(__file__).resolve().parents[1]
     return args
+
+
+def _expanded(value: object) -> object:
+    """A path in the home directory in full, as a shell writes it: `~/teacher` in a file, `--model=~/teacher`."""
+    if isinstance(value, list):
+        return [_expanded(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _config_argv(path: str, lists: Mapping[str, bool], parser: _Parser) -> list[str]:

@@ -53,7 +53,7 @@ def make_engine(args: StageArguments) -> TeacherEngine:
     if args.base_url:
         from distiller.openai_engine import OpenAIEngine
 
-        return OpenAIEngine(
+        engine = OpenAIEngine(
             args.model,
             args.sampling,
             args.base_url,
@@ -62,6 +62,9 @@ def make_engine(args: StageArguments) -> TeacherEngine:
             timeout=args.timeout,
             max_retries=args.max_retries,
         )
+        if args.overwrite:  # finished rows go next, but not for a server that cannot make new ones
+            engine.check()
+        return engine
     options = {
         "tensor_parallel_size": args.tensor_parallel_size,
         "max_model_len": args.max_model_len,
@@ -135,12 +138,18 @@ def run(
     many rows failed.
     """
     reading = {"required": required, "optional": optional, "ranges": ranges}
-    hooks = (engine or make_engine, open_done, report)
+    build, up = engine or make_engine, []
+
+    def start() -> TeacherEngine:
+        engine = build(args)
+        up.append(True)
+        return engine
+
     return exit_code_of(
-        lambda: _run(args, make_work, stage, reading, rows, preview, input_from, *hooks),
+        lambda: _run(args, make_work, stage, reading, rows, preview, input_from, start, open_done, report),
         lambda: (
             f"{'Finished rows are on disk' if Path(args.output).exists() else 'No row was finished'}. "
-            f"To go on, run: {resume_command(args)}"
+            f"To go on, run: {resume_command(args, bool(up))}"
         ),
     )
 
@@ -184,7 +193,7 @@ def _run(args, make_work, stage, reading, rows, preview, input_from, make_engine
             source,
             preview or first_ask(work),
             count_tokens,
-            args.max_tokens,
+            args.longest_reply,
             how,
             args.seed,
             args.price_per_million,
@@ -198,7 +207,7 @@ def _run(args, make_work, stage, reading, rows, preview, input_from, make_engine
     summary = run_stage(
         source,
         work,
-        lambda: make_engine(args),
+        make_engine,
         args.output,
         manifest,
         total=total,
@@ -255,10 +264,11 @@ def token_counter(args: StageArguments) -> tuple[CountTokens, str]:
     return count, "by the teacher's own tokenizer"
 
 
-def resume_command(args: StageArguments) -> str:
-    """The command as it was given, without what would undo or repeat work. A shell script in front of it names itself
-    in RM_DISTILLER_COMMAND."""
-    undo = [word for name in ("overwrite", "retry_failed") if getattr(args, name) for word in (f"--{name}", "false")]
+def resume_command(args: StageArguments, begun: bool) -> str:
+    """The command as it was given; where its work has `begun`, without what would undo or repeat it. A shell script in
+    front of it names itself in RM_DISTILLER_COMMAND."""
+    done = [name for name in ("overwrite", "retry_failed") if begun and getattr(args, name)]
+    undo = [word for name in done for word in (f"--{name}", "false")]
     script = os.environ.get("RM_DISTILLER_COMMAND")
     command = ["bash", script] if script else ["python", sys.argv[0]]
     return shlex.join([*command, *sys.argv[1:], *undo])

@@ -18,6 +18,17 @@ CHUNK = 500
 """Conversations counted at once; their token ids are held no longer than that."""
 SHOWN = 2
 BAD_SHOWN = 3
+
+
+class Weighing(list):
+    """The messages of an ask with choices (`engine.Choices`), which puts a reply's wordings in doubt after it came."""
+
+    def __init__(self, messages: list[dict], requests: int) -> None:
+        super().__init__(messages)
+        self.requests = requests
+        """How many the engine makes of it; each reads the messages, and the reply up to the place."""
+
+
 Preview = Callable[[dict], list[list[dict]]]
 """The conversations a row will need, stand-ins where a reply is not known yet."""
 CountTokens = Callable[[list[list[dict]]], list[int | None]]
@@ -36,6 +47,10 @@ class Estimate:
     asks: tuple[float, float]
     """When every reply can be parsed at the first try."""
     prompt_tokens: tuple[float, float]
+    replies: tuple[float, float]
+    """Asks that draw a reply."""
+    requests: tuple[float, float]
+    """Those behind the other asks. The prompt tokens have their messages, not the replies that they go on from."""
     sampled: int
     refused: int
     """Sampled rows with a conversation that the chat template refuses."""
@@ -76,16 +91,19 @@ def estimate(
             sample.append(row)
         elif (place := draw.randrange(good)) < sample_size:
             sample[place] = row
-    asks, tokens, refused = [], [], 0
+    asks, tokens, replies, weighed, refused = [], [], [], [], 0
     for start in range(0, len(sample), CHUNK):
         conversations = [_conversations(row, preview) for row in sample[start : start + CHUNK]]
         counts = iter(count_tokens([conversation for several in conversations for conversation in several]))
         for several in conversations:
-            counted = [next(counts) for _ in several]
-            asks.append(len(several) - counted.count(None))
-            tokens.append(sum(count for count in counted if count is not None))
-            refused += None in counted
-    totals = total_with_interval(asks, good), total_with_interval(tokens, good)
+            counted = [(next(counts), _requests(conversation)) for conversation in several]
+            taken = [(count, requests) for count, requests in counted if count is not None]
+            asks.append(len(taken))
+            replies.append(sum(not requests for _, requests in taken))
+            tokens.append(sum(count * (requests or 1) for count, requests in taken))
+            weighed.append(sum(requests for _, requests in taken))
+            refused += len(taken) < len(counted)
+    totals = [total_with_interval(numbers, good) for numbers in (asks, tokens, replies, weighed)]
     return Estimate(good, bad, *totals, len(sample), refused, shown, bad_shown)
 
 
@@ -102,7 +120,8 @@ def dry_run(
     cached."""
     found = estimate(rows, preview, count_tokens, seed=seed)
     for row in found.shown:
-        for number, conversation in enumerate(_conversations(row, preview), 1):
+        asked = [conversation for conversation in _conversations(row, preview) if not _requests(conversation)]
+        for number, conversation in enumerate(asked, 1):
             print(f"--- row {row['id']}, ask {number}")
             for message in conversation:
                 print(f"[{message['role']}]\n{message['content']}")
@@ -114,11 +133,21 @@ def dry_run(
         print(f"refused by the chat template: {found.refused} of {found.sampled} rows; they will fail")
     print(f"asks: {_said(found.asks)}, when every reply can be parsed at the first try")
     print(f"prompt tokens: {_said(found.prompt_tokens)}, from {found.sampled} rows, {how}")
-    most = sum(found.asks) * max_tokens
+    most, requests = sum(found.replies) * max_tokens, sum(found.requests)
     print(f"completion tokens: at most {most:,.0f} (max_tokens {max_tokens} each)")
-    tokens = Usage(0, round(sum(found.prompt_tokens)), round(most), None, price_per_million)
+    if requests:
+        print(
+            f"requests for probabilities: {_said(found.requests)}, their prompts counted above; each also reads a "
+            "reply up to the grade and takes one completion token"
+        )
+    prompts = sum(found.prompt_tokens) + requests * max_tokens
+    tokens = Usage(0, round(prompts), round(most + requests), None, price_per_million)
     if tokens.cost is not None:
         print(f"cost: at most {tokens.cost:,.4g} at --price_per_million")
+
+
+def _requests(conversation: list[dict]) -> int:
+    return conversation.requests if isinstance(conversation, Weighing) else 0
 
 
 def _conversations(row: dict, preview: Preview) -> list[list[dict]]:

@@ -69,8 +69,9 @@ class Completion:
     text: str
     """The answer alone: no `<think>...</think>` block."""
     reasoning: str | None
-    """The thinking (`<think>...</think>` split off, or the server's `reasoning_content`); None where there was
-    none."""
+    """The thinking (`<think>...</think>` split off, or the server's `reasoning_content`); None where there was none.
+    Of a reply that max_tokens cut behind a server, and that shows no end of a thinking: all of it, which may be
+    one."""
     finish_reason: str
     """`"stop"`, or `"length"` when max_tokens cut the reply."""
     prompt_tokens: int

@@ -48,9 +48,12 @@ class ShardFiles:
             part.unlink()
 
     def __iter__(self) -> Iterator[dict]:
-        """`{"id": ...}` of every row on disk. Raises InputError for a damaged shard."""
+        """`{"id": ...}` of every row on disk. Raises InputError for a shard that is damaged or of another cache."""
         for path in self._shards():
-            yield from ({"id": identifier} for identifier in Shard(path).ids)
+            shard = Shard(path)
+            if shard.info != self._info:
+                raise InputError(f"{path} is of another cache ({shard.info}, not {self._info}); take it away")
+            yield from ({"id": identifier} for identifier in shard.ids)
 
     def append(self, row: Mapping) -> None:
         """Take a row, {"id": str, "logprobs": TokenLogprobs}."""

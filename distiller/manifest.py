@@ -40,8 +40,8 @@ class Manifest:
         os.replace(part, path)
 
     @classmethod
-    def load(cls, path: Path) -> Manifest | None:
-        """None where there is no such file. Raises InputError where it is not a manifest."""
+    def load(cls, path: Path, remedy: str = "put the file back, or use --overwrite to start anew") -> Manifest | None:
+        """None where there is no such file. Raises InputError, with the remedy, where it is not a manifest."""
         if not path.exists():
             return None
         try:
@@ -50,7 +50,23 @@ class Manifest:
             usage.go_on_from(identity.pop("usage", {}))
             return cls(identity, identity.pop("made_with"), identity.pop("retries"), usage)
         except (ValueError, KeyError, AttributeError, TypeError) as fault:
-            raise InputError(f"{path} is no manifest of ours ({fault!r}); use --overwrite to start anew") from fault
+            raise InputError(f"{path} is no manifest of ours, or damaged ({fault!r}): {remedy}") from fault
+
+
+def identity_of_input(source: str) -> dict:
+    """The identity of the run that wrote an input, from the manifest beside it; {} where there is none. Raises
+    InputError."""
+    remedy = "put the file back, or take it away; without it there is no check of what the input was made with"
+    manifest = Manifest.load(Path(f"{source}.manifest.json"), remedy)
+    return manifest.identity if manifest else {}
+
+
+def identity_before_filters(source: str) -> dict:
+    """`identity_of_input`, but of the run before filter_pairs.py, which leaves the rows as they are."""
+    identity = identity_of_input(source)
+    while identity.get("stage") == "filter":
+        identity = identity.get("input_manifest") or {}
+    return identity
 
 
 def differences(old: object, new: object, name: str = "") -> list[str]:
@@ -70,12 +86,12 @@ def hash_file(path: str | Path) -> str:
 def model_fingerprint(model: str) -> str | None:
     """16 hex digits for the files of a local model directory (names, sizes, both ends of each); None for a hub or
     served name."""
-    directory = Path(model)
+    directory = Path(model).expanduser()
     if not directory.is_dir():
         return None
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
-        if path.suffix not in (".json", ".safetensors", ".jinja", ".txt", ".model"):
+        if path.suffix not in (".json", ".safetensors", ".jinja", ".txt", ".model", ".py"):
             continue
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())

@@ -21,18 +21,20 @@ from distiller.engine import Ask, Completion, EngineDead
 NOT_THERE = (404, 405, 501)
 
 
-async def weigh(client: openai.AsyncOpenAI, model: str, ask: Ask, template_kwargs: dict) -> Completion:
-    """The log-probability of each of the ask's choices.
+async def weigh(
+    client: openai.AsyncOpenAI, slots: asyncio.Semaphore, model: str, ask: Ask, template_kwargs: dict
+) -> Completion:
+    """The log-probability of each of the ask's choices. A request takes one of the `slots` while it is in flight.
 
     Raises EngineDead where the server cannot say, AskError, and what the client raises for a request that failed.
     """
     chat = {"messages": ask.messages, "add_generation_prompt": True}
     if template_kwargs:
         chat["chat_template_kwargs"] = template_kwargs
-    prompt = await _tokenize(client, {"model": model, **chat})
-    tree = ChoiceTree(ask.choices, await _continuations(client, model, reading_texts(ask.choices)))
+    prompt = await _tokenize(client, slots, {"model": model, **chat})
+    tree = ChoiceTree(ask.choices, await _continuations(client, slots, model, reading_texts(ask.choices)))
     context = prompt + tree.context
-    requests = [_next_token(client, model, [*context, *node], wanted) for node, wanted in tree.nodes.items()]
+    requests = [_next_token(client, slots, model, [*context, *node], wanted) for node, wanted in tree.nodes.items()]
     answers: dict[Node, dict[int, float]] = dict(zip(tree.nodes, await asyncio.gather(*requests), strict=True))
     return Completion(
         text="",
@@ -45,24 +47,27 @@ async def weigh(client: openai.AsyncOpenAI, model: str, ask: Ask, template_kwarg
     )
 
 
-async def _continuations(client: openai.AsyncOpenAI, model: str, texts: list[str]) -> list[list[int]]:
+async def _continuations(
+    client: openai.AsyncOpenAI, slots: asyncio.Semaphore, model: str, texts: list[str]
+) -> list[list[int]]:
     """The ids of texts that go on in a conversation."""
+
+    async def tokenized(texts: list[str]) -> list[list[int]]:
+        bodies = ({"model": model, "prompt": text, "add_special_tokens": False} for text in texts)
+        return await asyncio.gather(*(_tokenize(client, slots, body) for body in bodies))
+
     for anchor in ANCHORS:
-        tokenized = await asyncio.gather(*(_tokenize_text(client, model, text) for text in anchored(anchor, texts)))
-        if readings := without_anchor(tokenized):
+        if readings := without_anchor(await tokenized(anchored(anchor, texts))):
             return readings
-    return await asyncio.gather(*(_tokenize_text(client, model, text) for text in texts))
+    return await tokenized(texts)
 
 
-async def _tokenize_text(client: openai.AsyncOpenAI, model: str, text: str) -> list[int]:
-    return await _tokenize(client, {"model": model, "prompt": text, "add_special_tokens": False})
-
-
-async def _tokenize(client: openai.AsyncOpenAI, body: dict) -> list[int]:
+async def _tokenize(client: openai.AsyncOpenAI, slots: asyncio.Semaphore, body: dict) -> list[int]:
     """The ids of a text or of a conversation."""
     address = str(client.base_url).rstrip("/").removesuffix("/v1") + "/tokenize"
     try:
-        answer = await client.post(address, body=body, cast_to=object)
+        async with slots:
+            answer = await client.post(address, body=body, cast_to=object)
     except openai.APIStatusError as error:
         if error.status_code in NOT_THERE:
             _cannot(client, f"HTTP {error.status_code} from {address}")
@@ -74,18 +79,19 @@ async def _tokenize(client: openai.AsyncOpenAI, body: dict) -> list[int]:
 
 
 async def _next_token(
-    client: openai.AsyncOpenAI, model: str, prompt: list[int], wanted: list[int]
+    client: openai.AsyncOpenAI, slots: asyncio.Semaphore, model: str, prompt: list[int], wanted: list[int]
 ) -> dict[int, float]:
     """Log-probability of each wanted id as the token after the prompt."""
     try:
-        answer = await client.completions.create(
-            model=model,
-            prompt=prompt,
-            max_tokens=1,
-            temperature=0.0,
-            logprobs=len(wanted),
-            extra_body={"logprob_token_ids": wanted, "return_tokens_as_token_ids": True},
-        )
+        async with slots:
+            answer = await client.completions.create(
+                model=model,
+                prompt=prompt,
+                max_tokens=1,
+                temperature=0.0,
+                logprobs=len(wanted),
+                extra_body={"logprob_token_ids": wanted, "return_tokens_as_token_ids": True},
+            )
     except openai.APIStatusError as error:
         if error.status_code in NOT_THERE:
             _cannot(client, f"HTTP {error.status_code} from /completions")

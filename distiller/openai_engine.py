@@ -89,7 +89,7 @@ class OpenAIEngine:
         self._in_flight = 0
         self._answered = False  # any ask yet, so that the server is known to take the fields we send
         self._dead: EngineDead | None = None
-        self._slots = asyncio.Semaphore(max_concurrency)
+        self._slots = asyncio.Semaphore(max_concurrency)  # one a request: an ask with choices makes several
         self._client = openai.AsyncOpenAI(
             api_key=os.environ.get("OPENAI_API_KEY") or "EMPTY",
             base_url=base_url,
@@ -99,6 +99,14 @@ class OpenAIEngine:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="openai-engine", daemon=True)
         self._thread.start()
+
+    def check(self) -> None:
+        """Ask something tiny, its answer thrown away. Raises EngineNotStarted where the server answers nobody."""
+        try:
+            asyncio.run_coroutine_threadsafe(self._ask_once(Ask(TINY, 0)), self._loop).result()
+        except EngineDead as error:
+            self.close()
+            raise EngineNotStarted(str(error)) from error
 
     def submit(self, key: int, ask: Ask) -> None:
         """Queue one ask; at most `max_concurrency` are sent at once, the others wait. Raises EngineDead."""
@@ -130,12 +138,11 @@ class OpenAIEngine:
         except AskError as refusal:
             return refusal
         usage = Usage()  # an answer that is of no use and asked for again is paid for all the same
-        async with self._slots:
-            for _ in range(TRIES):
-                answer = await self._ask_once(ask)
-                usage.add(answer)
-                if not isinstance(answer, _Passing):
-                    break
+        for _ in range(TRIES):
+            answer = await self._ask_once(ask)
+            usage.add(answer)
+            if not isinstance(answer, _Passing):
+                break
         if isinstance(answer, AskError):
             return AskError(str(answer), **usage.tokens)
         return replace(answer, **usage.tokens)
@@ -144,7 +151,7 @@ class OpenAIEngine:
         """Ask, with the client's retries. Raises EngineDead."""
         try:
             if ask.choices:
-                answer = await weigh(self._client, self.model, ask, self.template_kwargs)
+                answer = await weigh(self._client, self._slots, self.model, ask, self.template_kwargs)
             else:
                 answer = _completion(await self._request(ask))
         except AskError as refusal:
@@ -161,17 +168,18 @@ class OpenAIEngine:
         top_k = {"top_k": sampling.top_k} if sampling.top_k > 0 else {}
         template = {"chat_template_kwargs": self.template_kwargs} if self.template_kwargs else {}
         client = self._client if max_retries is None else self._client.with_options(max_retries=max_retries)
-        field = self._length_field
         try:
-            return await client.chat.completions.create(
-                model=self.model,
-                messages=ask.messages,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=ask.seed,
-                extra_body={**top_k, **template} or None,
-                **{field: sampling.max_tokens},
-            )
+            async with self._slots:
+                field = self._length_field
+                return await client.chat.completions.create(
+                    model=self.model,
+                    messages=ask.messages,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    seed=ask.seed,
+                    extra_body={**top_k, **template} or None,
+                    **{field: sampling.max_tokens},
+                )
         except openai.BadRequestError as error:
             if field != "max_tokens" or "max_completion_tokens" not in error.message:
                 raise
@@ -183,8 +191,6 @@ class OpenAIEngine:
         refused = _refused(error)
         if isinstance(error, openai.APIStatusError):
             reason = f"HTTP {error.status_code} from the server: {error.message}"
-            if refused and self._answered and error.status_code not in (401, 402, 403, 404):
-                return AskError(reason)
             if error.status_code in (401, 402, 404) or await self._fate_of_a_tiny_ask(error) is refused:
                 raise EngineDead(await self._end_for(error)) from error
             return AskError(reason) if refused else _Passing(reason)
@@ -195,8 +201,9 @@ class OpenAIEngine:
 
     async def _fate_of_a_tiny_ask(self, error: openai.APIError) -> bool | None:
         """None: it is answered. True: the server refuses it. False: the server fails. `error` befell another ask."""
-        # The full length as long as nothing was answered: it may be what the server refuses.
-        sampling = replace(self.sampling, max_tokens=1) if self._answered else self.sampling
+        # In full where the length may be what the server refuses (some refuse one token, too) or dies of.
+        short = self._answered and not _refused(error)
+        sampling = replace(self.sampling, max_tokens=1) if short else self.sampling
         # By name: which of its HTTP libraries the client uses is its own affair.
         unreachable = type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout")
         try:
@@ -307,6 +314,9 @@ def _completion(response: ChatCompletion) -> Completion | AskError:
     prefix = None
     if thinking is None:
         text, thinking = split_thinking(text, opened=None)
+        if text == raw and choice.finish_reason == "length":
+            # The chat template may have opened a thinking that was cut before its end: no answer can be told from it.
+            text, thinking = "", raw or None
         prefix = raw[: len(raw) - len(text)]
     kept = {"finish_reason": choice.finish_reason, "choice_logprobs": None, "prefix": prefix}
     return Completion(text=text, reasoning=thinking, **kept, **tokens)

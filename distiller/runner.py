@@ -61,7 +61,7 @@ class Failed:
 
     reason: str
     raw: str | None = None
-    """The teacher's last reply as it came; None where there was none."""
+    """The teacher's last reply, or its thinking where it came to no answer; None where there was none."""
 
 
 class ParseError(ValueError):
@@ -105,7 +105,7 @@ def ask_until(
             parsed = parse(reply)
             return (yield from follow_up(reply)) if follow_up else parsed
         except ParseError as fault:
-            failed = Failed(str(fault), reply.text)
+            failed = Failed(str(fault), reply.text or reply.reasoning)
     return failed
 
 
@@ -180,27 +180,33 @@ def run_stage(
 
     `rows` is iterated lazily (twice with `retry_failed`), each with a unique "id"; `total` is their number, for the
     progress line. `make_engine` is called once a row needs it: nothing is loaded when the run is refused or all is
-    done. `max_tokens_total` caps the tokens of this output, those of earlier runs included (see `Budget`). `open_done`
-    is `Store`'s. An InputError or ParseError that leaves `work` fails its row; any other exception is a fault of the
+    done; what `overwrite` replaces and `retry_failed` runs again stays on disk until the engine is up.
+    `max_tokens_total` caps the tokens of this output, those of earlier runs included (see `Budget`). `open_done` is
+    `Store`'s. An InputError or ParseError that leaves `work` fails its row; any other exception is a fault of the
     program and ends the run, as EngineDead does; what is finished stays on disk. Raises InputError for a run that is
     refused.
     """
     started = time.monotonic()
-    store = Store(output, manifest, overwrite=overwrite, open_done=open_done)
-    engine = None
+    engine: TeacherEngine | None = None
+    store: Store | None = None
+
+    def start() -> None:
+        nonlocal engine
+        engine = engine or make_engine()
+
     try:
+        store = Store(output, manifest, overwrite=overwrite, open_done=open_done, before_clearing=start)
         budget = Budget(manifest.usage, max_tokens_total)
         if retry_failed and store.counts["failed"] and budget.allows(0):
-            engine = make_engine()  # first: what failed stays on disk where the engine does not start
+            start()
             store.record_engine(engine.facts())
             store.forget_failed(row.id if isinstance(row, BadRow) else row["id"] for row in rows)
         pending = _pending(rows, store)
         progress = Progress(total, store, progress_seconds)
         row = next(pending, None)
         if row is not None and budget.allows(0):
-            if engine is None:
-                engine = make_engine()
-                store.record_engine(engine.facts())
+            start()
+            store.record_engine(engine.facts())
             row = _drive(row, pending, work, engine, store, budget, progress)
         left = 0 if row is None else 1 + sum(1 for _ in pending)
         if retry_failed and engine is None:  # the cap is reached: they are left too
@@ -211,7 +217,8 @@ def run_stage(
     finally:
         if engine is not None:
             engine.close()
-        store.close()
+        if store is not None:
+            store.close()
 
 
 def _pending(rows: Iterable[dict | BadRow], store: Store) -> Iterator[dict]:

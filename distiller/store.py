@@ -83,7 +83,8 @@ class LineFile:
                     row["id"].encode("utf-8", "surrogatepass")
                 except (ValueError, KeyError, TypeError, AttributeError) as fault:
                     raise InputError(
-                        f"{self.path}, line {number}: not a row a stage wrote; use --overwrite"
+                        f"{self.path}, line {number}: not a row a stage wrote; take the line out (its row runs "
+                        "again), or use --overwrite to start anew"
                     ) from fault
                 yield row
 
@@ -141,8 +142,10 @@ class Store:
         *,
         overwrite: bool = False,
         open_done: Callable[[Path], LineFile] = LineFile,
+        before_clearing: Callable[[], object] = lambda: None,
     ):
-        """`open_done` opens what the finished rows go to: a LineFile, or what else has its methods.
+        """`open_done` opens what the finished rows go to: a LineFile, or what else has its methods. With `overwrite`,
+        `before_clearing` is called before rows that are there are thrown away; where it raises, they stay.
 
         Raises InputError when the files belong to a run whose result would differ, or are in use.
         """
@@ -152,22 +155,28 @@ class Store:
         paths = (Path(output), Path(f"{output}.filtered.jsonl"), Path(f"{output}.failed.jsonl"))
         paths[0].parent.mkdir(parents=True, exist_ok=True)
         self.files: dict[str, LineFile] = {}
+        self.locked = False
         try:
             for kind, path in zip(KINDS, paths, strict=True):
                 self.files[kind] = open_done(path) if kind == "done" else LineFile(path)
                 if kind == "done":
                     self.files[kind].lock()
+                    self.locked = True
+            if overwrite and self.begun:
+                before_clearing()
             self._take_over(overwrite)
-        except InputError:
+        except BaseException:  # a signal included
             self._close_files()
             raise
 
     def _take_over(self, overwrite: bool) -> None:
+        old = None if overwrite else Manifest.load(self.manifest_path)
+        # Before anything is cut off: a file of the user's own may end without a newline.
+        # And with no row left too: a retry may have been cut off after it forgot all rows.
+        if not overwrite and (self.begun or (old is not None and old.retries)):
+            self._check(old)
         for file in self.files.values():
             file.clear() if overwrite else file.cut_torn_line()
-        old = None if overwrite else Manifest.load(self.manifest_path)
-        if self.begun or (old is not None and old.retries):  # a retry may have been cut off after it forgot all rows
-            self._check(old)
         if old is not None:  # tokens may have been used before any row was finished
             self.manifest.usage.go_on_from(old.usage.as_dict())
         self.manifest.save(self.manifest_path)
@@ -185,8 +194,16 @@ class Store:
         self.manifest.made_with = {**old.made_with, **self.manifest.made_with}
 
     def record_engine(self, facts: dict) -> None:
-        """Add the engine's versions and settings to the manifest, once it is loaded."""
-        self._say_changes(self.manifest.made_with.get("engine", facts), facts)
+        """Add the engine's versions and settings to the manifest, once it is loaded. Raises InputError for rows of a
+        model that worked with other rotary factors (see `vllm_setup.long_rope`)."""
+        old = self.manifest.made_with.get("engine", facts)
+        if self.begun and {"long", "short"} == {old.get("rope"), facts.get("rope")}:
+            raise InputError(
+                f"{self.files['done'].path} was begun with other rotary factors of this model, which follow "
+                f"--max_model_len ({old.get('max_model_len')} before, {facts.get('max_model_len')} now): give the one "
+                "before, name another --output, or use --overwrite to start anew"
+            )
+        self._say_changes(old, facts)
         self.manifest.made_with["engine"] = facts
         self.manifest.save(self.manifest_path)
 
@@ -252,7 +269,8 @@ class Store:
 
     def _close_files(self) -> None:
         for file in self.files.values():
-            if file.created and file.empty and not self.begun:
+            # Of two runs that start at once, both may have found no file; only one may take it away.
+            if self.locked and file.created and file.empty and not self.begun:
                 file.unlink()
         for file in self.files.values():
             file.close()

@@ -23,7 +23,7 @@ from pathlib import Path
 from distiller.chat import OPEN, check_messages, split_thinking
 from distiller.engine import Ask, AskError, Choices, Completion, EngineDead, EngineNotStarted, Sampling
 from distiller.vllm_choices import Weighing
-from distiller.vllm_setup import check_weights, is_cpu_build, prepare_cpu, vllm_version
+from distiller.vllm_setup import check_weights, is_cpu_build, long_rope, prepare_cpu, vllm_version
 
 WATCH_SECONDS = 2.0  # how often a running step looks whether the engine process is alive
 QUEUED_AHEAD = 1.25  # asks in flight for each sequence vLLM runs at once, so that a freed slot never waits for us
@@ -107,6 +107,9 @@ class VLLMEngine:
             "torch": metadata.version("torch"),
             "transformers": metadata.version("transformers"),
         }
+        rope = long_rope(self.llm.llm_engine.model_config.hf_text_config.to_dict(), self.max_model_len)
+        if rope:
+            self._facts["rope"] = rope
         self._stepper = _Stepper(self.llm.llm_engine.step) if self.processes else None
 
     @staticmethod

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from distiller.engine import EngineNotStarted
 
@@ -54,11 +57,24 @@ def prepare_cpu() -> None:
         os.environ.setdefault(name, value)
 
 
+def long_rope(config: Mapping, max_model_len: int) -> str | None:
+    """Which set of rotary factors a longrope model (Phi-3) works with, "long" or "short"; None for any other model.
+
+    vLLM settles it for all prompts when it starts: long where max_model_len is over the length of the first training.
+    So two values of max_model_len can be two different teachers. `config`: the model's text configuration.
+    """
+    rope = config.get("rope_parameters") or {}
+    for kind in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # some differ by layer
+        if kind.get("rope_type") == "longrope":
+            return "long" if max_model_len > kind["original_max_position_embeddings"] else "short"
+    return None
+
+
 def check_weights(model: str) -> None:
     """Refuse a model that cannot be loaded, before the seconds or minutes that vLLM needs to say so less clearly.
 
     `model` is a local directory or a hub name. Raises EngineNotStarted when it is neither, or when its weights are
-    pickled.
+    pickled or not whole.
     """
     directory = Path(model).expanduser()
     if not directory.is_dir():
@@ -81,3 +97,11 @@ def check_weights(model: str) -> None:
             f"teacher model {model!r}: only pickled weights ({', '.join(pickled[:3])}), which can run code when "
             "loaded and are never read here. Save the model again with save_pretrained, which writes safetensors"
         )
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            safe_open(path, framework="np").keys()  # reads the header, and compares with it the length of the file
+        except (SafetensorError, OSError) as error:
+            raise EngineNotStarted(
+                f"teacher model {model!r}: {path.name} is not whole ({error}). Download it again; a file of some "
+                "hundred bytes is mostly a pointer of git-lfs, for which there is `git lfs pull`"
+            ) from error

@@ -72,8 +72,7 @@ class CacheArguments(StageArguments):
     timeout: float = absent(0.0)
     max_retries: int = absent(0)
 
-    # A longer context lets more rows in and changes none.
-    NOT_IDENTITY = StageArguments.NOT_IDENTITY | {"max_model_len", "shard_tokens", "student_model"}
+    NOT_IDENTITY = StageArguments.NOT_IDENTITY | {"shard_tokens", "student_model"}
 
     @cached_property
     def tokenizers(self) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:

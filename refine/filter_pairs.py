@@ -38,13 +38,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from distiller.arguments import FileArguments, flag
 from distiller.cli import check_made, exit_code_of, parse_stage_args
 from distiller.fields import Unfit
-from distiller.manifest import Manifest, made_with
+from distiller.manifest import Manifest, identity_of_input, made_with
 from distiller.records import BadRow, InputError, parse_columns, read_rows, survey
 from distiller.runner import BAD_ROWS_SHOWN, Progress
 from distiller.sources import values
@@ -161,12 +160,12 @@ def filter_pairs(args: FilterArguments) -> int:
     )
     total, digest = survey(args.input)
     next(iter(rows), None)  # a file that does not fit is refused before anything is written
-    before = Manifest.load(Path(f"{args.input}.manifest.json"))
+    before = identity_of_input(args.input)
     identity = {
         "stage": "filter",
         "inputs": {"input": [digest], "benchmarks": [survey(file)[1] for file in args.benchmarks]},
         "options": args.options,
-        "input_manifest": before.identity if before else None,
+        "input_manifest": before or None,
     }
     statistics, removed = Statistics(), Counter()
     with closing(WholeFiles(args.output, Manifest(identity, made_with()), overwrite=args.overwrite)) as files:

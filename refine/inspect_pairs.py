@@ -75,6 +75,10 @@ def write_page(source: Path, output: Path, limit: int | None = None) -> str:
         raise InputError(f"{source} does not exist from {Path.cwd()}; to make refined rows, run: {REFINE_COMMAND}")
     if output.exists() and output.samefile(source):
         raise InputError(f"--output {output} would write over the input")
+    if output.exists():
+        with output.open("rb") as file:
+            if file.read(9).lower() not in (b"<!doctype", b""):
+                raise InputError(f"--output {output} is there and is no page: name another one")
     head, tail = page_ends()
     bad: Counter[str] = Counter()
     good = 0

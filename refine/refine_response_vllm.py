@@ -81,6 +81,10 @@ class RefineArguments(StageArguments):
         if self.then_score:
             self.scoring = then_score.scoring_arguments(self, self.score_config)
 
+    @property
+    def longest_reply(self) -> int:
+        return max(self.max_tokens, self.scoring.max_tokens if self.scoring else 0)
+
     def identity(self, stage: str, hashes: Mapping[str, str]) -> dict:
         identity = super().identity(stage, hashes)
         return identity | {"then_score": then_score.identity(self.scoring, hashes)} if self.scoring else identity

@@ -44,7 +44,7 @@ from pathlib import Path
 
 from distiller.cli import flag, parse_stage_args, run
 from distiller.engine import Ask, AskError, Completion
-from distiller.manifest import Manifest, hash_file
+from distiller.manifest import hash_file, identity_before_filters
 from distiller.records import InputError, response_text
 from distiller.runner import Done, Failed, Filtered, RowWork, Work
 from distiller.templates import PromptTemplate, load_prompt
@@ -56,6 +56,7 @@ from score.conversation import (
     HIGHEST,
     LOWEST,
     STRENGTH_PROMPT,
+    STRENGTH_TAGS,
     STRENGTH_VARIABLES,
     bias_line,
     both_orders,
@@ -66,7 +67,7 @@ from score.conversation import (
     usable_grades,
     with_scores,
 )
-from score.grading import ScoreArguments, ask_grades, grade_in_both_orders, scored_rows
+from score.grading import ScoreArguments, ask_grades, grade_in_both_orders, previewed, scored_rows
 
 REFINE_COMMAND = "python refine/refine_response_vllm.py"
 LOW_MARGIN = "margin not over min_margin"
@@ -97,10 +98,7 @@ class CaliScoreArguments(ScoreArguments):
 def check_refinement(args: CaliScoreArguments) -> None:
     """Compare with the manifest beside the input, if there is one: another prompt is refused, another teacher is said
     aloud."""
-    manifest = Manifest.load(Path(f"{args.input}.manifest.json"))
-    identity = manifest.identity if manifest else {}
-    while identity.get("stage") == "filter":  # filter_pairs.py leaves the rows as they are
-        identity = identity.get("input_manifest") or {}
+    identity = identity_before_filters(args.input)
     if identity.get("stage") != "refine":
         return
     used = identity.get("prompts", {}).get("prompt_file")
@@ -189,16 +187,13 @@ def scored_record(row: dict, score: float) -> dict:
 
 
 def preview(args: CaliScoreArguments, row: dict) -> list[list[dict]]:
-    """All conversations of a row, for --dry_run; 5 stands in for a rejected_score not known yet.
-
-    Without the asks of --score_mode expected for probabilities: their prompts are those of the replies, in the prefix
-    cache, and they have no completion to speak of.
-    """
+    """All conversations of a row, for --dry_run; 5 stands in for a rejected_score not known yet."""
     strength = load_prompt(args.strength_prompt_file, STRENGTH_VARIABLES)
 
     def in_both_orders(better: str) -> list[list[dict]]:
         pair = (response_text(row[better]), response_text(row["rejected"]))
-        return [strength_messages(strength, row["prompt"], *order) for order in (pair, pair[::-1])] * args.samples
+        asked = [strength_messages(strength, row["prompt"], *order) for order in (pair, pair[::-1])] * args.samples
+        return previewed(args, asked, STRENGTH_TAGS)
 
     rejected_score = row.get("rejected_score")
     before = in_both_orders("chosen") if rejected_score is None else []
@@ -206,7 +201,7 @@ def preview(args: CaliScoreArguments, row: dict) -> list[list[dict]]:
     refinement = load_prompt(args.refine_prompt_file, REFINE_VARIABLES)
     calibrate = load_prompt(args.prompt_file, CALIBRATE_VARIABLES)
     calibration = calibrated_messages(refinement, calibrate, row, 5 if rejected_score is None else rejected_score)
-    return before + [calibration] * args.samples + after
+    return before + previewed(args, [calibration] * args.samples, CALIBRATE_TAGS) + after
 
 
 def report(rows: Iterable[dict]) -> str:

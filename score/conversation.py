@@ -84,9 +84,11 @@ def grade_choices(reply: Completion, tag: str) -> Choices:
 def expected_score(logprobs: Sequence[float]) -> tuple[float, float]:
     """(mean, mass): the mean of the scores 1 to 10 weighted by their probabilities, and what these sum to.
 
-    `logprobs`: shape (10,), natural logarithms. mean = sum_s s p(s) / sum_s p(s).
+    `logprobs`: shape (10,), natural logarithms. mean = sum_s s p(s) / sum_s p(s), NaN where all of these are 0.
     """
     greatest = max(logprobs)
+    if greatest == -math.inf:
+        return math.nan, 0.0
     weights = [math.exp(value - greatest) for value in logprobs]
     total = math.fsum(weights)
     mean = math.fsum(float(text) * weight for text, weight in zip(SCORE_TEXTS, weights, strict=True)) / total

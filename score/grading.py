@@ -1,6 +1,7 @@
 """Asking the teacher for grades: in one of three ways (`--score_mode`), of a pair in both orders or of one text.
 
-A reply that max_tokens cut is read like any other: what counts is whether its grades are whole.
+A reply that max_tokens cut is read like any other: what counts is whether its grades are whole. Only grades of the
+answer count; a reply that may have been cut inside its thinking has none.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 from distiller.arguments import StageArguments, flag
+from distiller.dry_run import Weighing
 from distiller.engine import Ask, AskError, Completion, EngineDead
 from distiller.records import InputError, read_rows
 from distiller.runner import Failed, ParseError, ask_until
 from distiller.templates import PromptTemplate
 from score.conversation import (
+    SCORE_TEXTS,
     STRENGTH_TAGS,
     Grades,
     expected_score,
@@ -64,7 +67,7 @@ def ask_grades(
     return (
         yield from ask_until(
             messages,
-            lambda reply: parse_grades(reply.text, tags),
+            lambda reply: _read(reply, tags),
             seed=args.seed,
             row_id=row_id,
             number=number,
@@ -72,6 +75,12 @@ def ask_grades(
             follow_up=(lambda reply: _weigh(messages, reply, tags)) if args.score_mode == "expected" else None,
         )
     )
+
+
+def _read(reply: Completion, tags: Sequence[str]) -> tuple[float, ...]:
+    if reply.finish_reason == "length" and not reply.text:
+        raise ParseError("max_tokens cut the reply, maybe inside its thinking: raise --max_tokens")
+    return parse_grades(reply.text, tags)
 
 
 def _weigh(
@@ -119,6 +128,16 @@ def grade_in_both_orders(
                 return Failed(f"preference strength: {pair.reason}", pair.raw)
             grades.append(pair if order == 0 else pair[::-1])
     return grades
+
+
+def previewed(args: ScoreArguments, conversations: list[list[dict]], tags: Sequence[str]) -> list[list[dict]]:
+    """Conversations that ask for the grades in the tags, for --dry_run, with what --score_mode expected asks after
+    each."""
+    if args.score_mode != "expected":
+        return conversations
+    # A tree (`distiller/choices.py`) has a node for each score and its root, whether "10" is one token or two.
+    requests = len(SCORE_TEXTS) + 1
+    return [asked for each in conversations for asked in (each, *(Weighing(each, requests) for _ in tags))]
 
 
 def scored_rows(output: str | Path, reason: str) -> Iterator[dict]:

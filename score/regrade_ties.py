@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Literal
 
 from distiller.cli import flag, parse_stage_args, run
-from distiller.manifest import Manifest, hash_file
+from distiller.manifest import hash_file, identity_before_filters
 from distiller.records import BadRow, InputError, parse_columns, read_rows, response_text
 from distiller.runner import Done, Failed, Filtered, RowWork, Work
 from distiller.templates import load_prompt
@@ -43,6 +43,7 @@ from score.conversation import (
     HIGHEST,
     LOWEST,
     STRENGTH_PROMPT,
+    STRENGTH_TAGS,
     STRENGTH_VARIABLES,
     TIE,
     exchanged,
@@ -50,7 +51,7 @@ from score.conversation import (
     usable_grades,
     with_scores,
 )
-from score.grading import ScoreArguments, grade_in_both_orders, scored_rows
+from score.grading import ScoreArguments, grade_in_both_orders, previewed, scored_rows
 
 SCORE_COMMAND = "python score/score_orig_vllm.py"
 
@@ -75,10 +76,7 @@ class RegradeArguments(ScoreArguments):
 def check_scoring(args: RegradeArguments) -> None:
     """Compare with the manifest beside the input, if there is one: grades of another kind are refused, those of
     another teacher are said aloud."""
-    manifest = Manifest.load(Path(f"{args.input}.manifest.json"))
-    before = manifest.identity if manifest else {}
-    while before.get("stage") == "filter":  # filter_pairs.py leaves the rows as they are
-        before = before.get("input_manifest") or {}
+    before = identity_before_filters(args.input)
     if before.get("stage") not in ("score_orig", "regrade_ties"):
         return
     if Path(args.prompt_file).is_file() and before["prompts"]["prompt_file"] != [hash_file(args.prompt_file)]:
@@ -106,6 +104,8 @@ def make_work(args: RegradeArguments) -> Work:
     template = load_prompt(args.prompt_file, STRENGTH_VARIABLES)
 
     def work(row: dict) -> RowWork:
+        if row.get("original_chosen") is not None:  # its grades are not those of the `chosen` it has now
+            return Failed("the row was scored as an edit by cali_score_vllm.py: only original pairs are regraded")
         if not is_tie(args, row):
             return Done(row)
         grades = row["grades_by_order"]
@@ -134,7 +134,7 @@ def preview(args: RegradeArguments, row: dict) -> list[list[dict]]:
     template = load_prompt(args.prompt_file, STRENGTH_VARIABLES)
     pair = (response_text(row["chosen"]), response_text(row["rejected"]))
     conversations = [strength_messages(template, row["prompt"], *order) for order in (pair, pair[::-1])]
-    return conversations * args.turns * args.samples
+    return previewed(args, conversations * args.turns * args.samples, STRENGTH_TAGS)
 
 
 def report(args: RegradeArguments, before: Iterable[dict | BadRow], after: Iterable[dict]) -> str:

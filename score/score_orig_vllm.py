@@ -48,6 +48,7 @@ from distiller.templates import PromptTemplate, load_prompt
 from score.candidates import draw_two, join_candidates
 from score.conversation import (
     STRENGTH_PROMPT,
+    STRENGTH_TAGS,
     STRENGTH_VARIABLES,
     TIE,
     Grades,
@@ -58,7 +59,7 @@ from score.conversation import (
     teacher_report,
     with_scores,
 )
-from score.grading import Asking, ScoreArguments, grade_in_both_orders, scored_rows
+from score.grading import Asking, ScoreArguments, grade_in_both_orders, previewed, scored_rows
 
 
 @dataclass
@@ -143,7 +144,8 @@ def preview(args: ScoreOrigArguments, row: dict) -> list[list[dict]]:
             return []
     else:
         pair = [response_text(row["chosen"]), response_text(row["rejected"])]
-    return [strength_messages(template, row["prompt"], *order) for order in (pair, pair[::-1])] * args.samples
+    asked = [strength_messages(template, row["prompt"], *order) for order in (pair, pair[::-1])] * args.samples
+    return previewed(args, asked, STRENGTH_TAGS)
 
 
 def report(args: ScoreOrigArguments, rows: Iterable[dict]) -> str:

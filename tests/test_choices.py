@@ -7,6 +7,7 @@ import math
 import random
 import re
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -111,7 +112,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.now += 1
+            self.server.peak = max(self.server.peak, self.server.now)
+        time.sleep(self.server.seconds)
         status, answer = self.server.changed.get(self.path, self.served)(body)
+        with self.server.lock:
+            self.server.now -= 1
         data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
         self.send_response(status)
         self.send_header("Content-Type", "text/html" if isinstance(answer, str) else "application/json")
@@ -153,6 +160,9 @@ class Server(ThreadingHTTPServer):
         self.vocabulary: dict[str, int] = {}
         self.size = 60
         self.lock = threading.Lock()
+        self.now = self.peak = 0  # requests in it at once
+        self.seconds = 0.0
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
 
 @pytest.fixture
@@ -169,7 +179,7 @@ def ask(server: Server, choices: Choices = GRADE) -> Completion | AskError:
     engine = OpenAIEngine(
         "m",
         Sampling(0.7, 1.0, -1, 16),
-        f"http://127.0.0.1:{server.server_port}/v1",
+        server.url,
         max_retries=0,
         chat_template_kwargs={"enable_thinking": True},
     )
@@ -195,6 +205,22 @@ def test_a_server_that_takes_tokens_gives_the_probabilities_of_the_whole_convers
     ]
     assert completion.choice_logprobs == pytest.approx(expected, abs=1e-9)
     assert completion.text == "" and completion.completion_tokens == 11 and completion.prompt_tokens > len(prompt)
+
+
+def test_max_concurrency_holds_for_the_requests_behind_an_ask_too(server):
+    server.seconds = 0.01
+    engine = OpenAIEngine(
+        "m", Sampling(0.7, 1.0, -1, 16), server.url, max_concurrency=3, chat_template_kwargs={"enable_thinking": True}
+    )
+    try:
+        for key in range(3):
+            engine.submit(key, Ask(MESSAGES, 0, choices=GRADE))
+        answers = []
+        while len(answers) < 3:
+            answers += [answer for _, answer in engine.collect()]
+    finally:
+        engine.close()
+    assert all(isinstance(answer, Completion) for answer in answers) and server.peak == 3
 
 
 NOT_THERE = (404, {"error": {"message": "no such page"}})

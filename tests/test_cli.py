@@ -173,14 +173,25 @@ def test_a_changed_prompt_or_input_is_refused_and_speed_options_are_not(world, c
     assert "inputs.input" in capsys.readouterr().err
 
 
-def test_a_model_built_anew_at_the_same_place_is_another_model(world, capsys):
+@pytest.mark.parametrize("file", ["model.safetensors", "modeling.py"])
+def test_a_model_built_anew_at_the_same_place_is_another_model(world, capsys, file):
     (world / "tiny").mkdir()
-    weights = world / "tiny" / "model.safetensors"
-    weights.write_bytes(b"0" * 100)
+    (world / "tiny" / file).write_bytes(b"0" * 100)
     assert demo(world) == 0
-    weights.write_bytes(b"1" * 100)
+    (world / "tiny" / file).write_bytes(b"1" * 100)
     assert demo(world) == 1
     assert "model_files" in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_directory_in_a_file_as_on_the_command_line(world, monkeypatch):
+    monkeypatch.setenv("HOME", str(world))
+    (world / "tiny").mkdir()
+    (world / "tiny" / "model.safetensors").write_bytes(b"0" * 100)
+    (world / "home.yaml").write_text("model: ~/tiny\nresponses: [~/a.jsonl, b.jsonl]\n")
+    args = parse(world, "--config", "home.yaml", "--input=~/data/in.jsonl", "--output=o.jsonl")
+    assert (args.model, args.input) == (f"{world}/tiny", f"{world}/data/in.jsonl")
+    assert args.responses == [f"{world}/a.jsonl", "b.jsonl"]
+    assert args.identity("demo", {args.input: "0"})["model_files"] is not None
 
 
 def test_a_dead_engine_is_exit_code_2_with_the_command_to_go_on(world, capsys, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from stage_driver import drive, reply, weighed
@@ -63,6 +64,7 @@ def test_the_expected_score_is_the_mean_of_the_ten_weighted_by_probability():
     certain[9] = 0.0
     assert expected_score(certain) == (10.0, 1.0)
     assert expected_score([-2000.0] * 10)[0] == pytest.approx(5.5)  # no underflow
+    assert expected_score([-math.inf] * 10)[1] == 0
 
 
 def test_the_grade_is_put_in_doubt_where_it_stands_and_the_rest_stays_as_the_teacher_wrote_it():
@@ -108,6 +110,9 @@ def test_a_reply_whose_ten_scores_have_hardly_any_probability_is_asked_again_and
     outcome, _ = drive(work, SCORED, ["<score>7.5</score>", unlikely, "<score>7.5</score>", unlikely])
     assert isinstance(outcome, Failed) and "0.05 of the probability" in outcome.reason
     assert outcome.raw == "<score>7.5</score>"
+    impossible = replace(unlikely, choice_logprobs=(-math.inf,) * 10)
+    outcome, _ = drive(work, SCORED, ["<score>7.5</score>", impossible] * 2)
+    assert isinstance(outcome, Failed) and "only 0 of the probability" in outcome.reason
 
 
 def test_an_engine_that_refuses_to_weigh_fails_the_row_and_nothing_is_made_up(prompts):

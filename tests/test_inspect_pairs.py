@@ -166,12 +166,12 @@ def test_a_file_all_of_whose_rows_were_filtered_still_makes_a_page(tmp_path):
 )
 def test_a_file_without_a_single_pair_is_refused_and_the_page_that_was_there_stays(tmp_path, capsys, row, said):
     page = tmp_path / "page.html"
-    page.write_text("the old page")
+    page.write_text("<!doctype html>the old page")
     assert main(["--input", str(write(tmp_path / "pairs.jsonl", row)), "--output", str(page)]) == 1
     error = capsys.readouterr().err
     assert "pairs.jsonl" in error
     assert said in error
-    assert page.read_text() == "the old page"
+    assert page.read_text() == "<!doctype html>the old page"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "pairs.jsonl"]
 
 
@@ -182,7 +182,10 @@ def test_a_missing_input_and_an_output_over_the_input_are_refused(tmp_path, caps
     text = source.read_bytes()
     assert main(["--input", str(source), "--output", str(source)]) == 1
     assert "would write over the input" in capsys.readouterr().err
-    assert source.read_bytes() == text
+    other = write(tmp_path / "refined.jsonl", {"id": "paid for"})
+    assert main(["--input", str(source), "--output", str(other)]) == 1
+    assert "refined.jsonl is there and is no page" in capsys.readouterr().err
+    assert source.read_bytes() == text and json.loads(other.read_text()) == {"id": "paid for"}
 
 
 def test_limit_takes_the_first_rows_and_the_page_says_so(tmp_path):

@@ -332,6 +332,18 @@ def test_a_run_that_differs_is_refused_and_overwrite_starts_anew(tmp_path):
         stage(output, 20)
 
 
+def test_a_shard_of_another_cache_is_not_counted_as_done(tmp_path):
+    stage(tmp_path / "other", 100, top_k=4)
+    stage(tmp_path / "cache", 20)
+    strange = tmp_path / "cache" / PATTERN.replace("*", "00099")
+    strange.write_bytes(sorted((tmp_path / "other").glob(PATTERN))[-1].read_bytes())
+    with pytest.raises(InputError, match="00099.safetensors is of another cache"):
+        stage(tmp_path / "cache", 100)
+    strange.unlink()
+    stage(tmp_path / "cache", 100)
+    assert accounted(tmp_path / "cache") == expected(100)
+
+
 def test_failed_rows_run_again_where_asked_for(tmp_path):
     output = tmp_path / "cache"
     stage(output, 50)

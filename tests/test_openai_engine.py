@@ -349,6 +349,15 @@ def test_a_reply_cut_inside_its_thinking_is_an_empty_answer_that_says_length(ser
         assert (got.text, got.reasoning, got.finish_reason) == ("", "why", "length")
 
 
+def test_a_cut_reply_that_may_be_all_thinking_is_no_answer(server):
+    replies = iter([reply("It is right, <score>9</score>, but", "length"), reply("why\n</think>\n\n7 is", "length")])
+    server.script = lambda body: next(replies)
+    (got,) = answers(server, [ask()])
+    assert (got.text, got.reasoning, got.finish_reason) == ("", "It is right, <score>9</score>, but", "length")
+    (got,) = answers(server, [ask()])
+    assert (got.text, got.reasoning) == ("7 is", "why")
+
+
 def test_a_server_that_wants_max_completion_tokens_is_given_it(server):
     def script(body: dict):
         return refusal(400, "Use 'max_completion_tokens' instead.") if "max_tokens" in body else reply()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from stage_driver import drive
 
 from distiller.manifest import Manifest
 from distiller.records import InputError
 from distiller.runner import Done, Failed, Filtered
+from refine import filter_pairs
+from score import cali_score_vllm as cali
 from score import regrade_ties as regrade
 from score import score_orig_vllm as score_orig
 
@@ -101,6 +105,12 @@ def test_grades_that_cannot_be_had_or_read_fail_the_row(prompt):
     assert isinstance(outcome, Failed) and "grades_by_order" in outcome.reason and not asks
 
 
+def test_an_edit_is_not_graded_together_with_the_response_it_replaced(prompt):
+    for row in (TIED, DECIDED):
+        outcome, asks = drive(work(prompt), row | {"original_chosen": "Aldrin?", "margin": 0.0}, [])
+        assert isinstance(outcome, Failed) and "only original pairs" in outcome.reason and not asks
+
+
 def test_the_report_counts_ties_of_the_input_and_what_is_left_of_them(prompt):
     before = [TIED | {"id": str(n)} for n in range(4)] + [DECIDED | {"id": "d"}]
     after = [DECIDED | {"id": "0"}, DECIDED | {"id": "d"}, TIED | {"id": "1"}, TIED | {"id": "2"}]  # 3 has failed
@@ -128,3 +138,21 @@ def test_grades_of_another_prompt_or_mode_are_not_averaged_with_those_there_are(
     args.score_mode, args.prompt_file = "sample", str(other)
     with pytest.raises(InputError, match="--prompt_file"):
         regrade.check_scoring(args)
+
+
+@pytest.mark.parametrize("text", ['{"stage": "refi', '{"another": "tool"}', "[]"])
+def test_a_damaged_manifest_beside_the_input_is_named_with_what_helps(prompt, tmp_path, capsys, text):
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
+    manifest = tmp_path / "rows.jsonl.manifest.json"
+    manifest.write_text(text)
+    given = {"input": str(source), "output": str(tmp_path / "o.jsonl"), "model": "teacher"}
+    helps = rf"{re.escape(str(manifest))} is no manifest of ours, or damaged .*: put the file back, or take it away"
+    with pytest.raises(InputError, match=helps):
+        regrade.check_scoring(regrade.RegradeArguments(**given))
+    with pytest.raises(InputError, match=helps):
+        cali.check_refinement(cali.CaliScoreArguments(**given))
+    assert filter_pairs.main(["--input", given["input"], "--output", given["output"]]) == 1
+    assert re.search(helps, capsys.readouterr().err)
+    manifest.unlink()
+    assert filter_pairs.main(["--input", given["input"], "--output", given["output"]]) == 0

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from distiller.engine import Ask, AskError, Completion, EngineDead
+from distiller.engine import Ask, AskError, Completion, EngineDead, EngineNotStarted
 from distiller.manifest import Manifest, differences
 from distiller.records import BadRow, InputError, read_rows
 from distiller.runner import Done, Failed, Filtered, ParseError, ask_seed, ask_until, run_stage
-from distiller.store import Store
+from distiller.store import LineFile, Store
 
 SUFFIXES = ("", ".filtered.jsonl", ".failed.jsonl")
 
@@ -252,6 +252,23 @@ def test_other_versions_are_said_aloud_and_do_not_stop_the_run(tmp_path, capsys)
     assert json.loads(Path(f"{output}.manifest.json").read_text())["made_with"]["engine"] == {"name": "scripted"}
 
 
+def test_a_context_that_changes_the_models_rotary_factors_is_refused_and_another_longer_one_is_not(tmp_path):
+    class Engine(ScriptedEngine):
+        def facts(self):
+            return {"max_model_len": length, "rope": "long" if length > 64 else "short"}
+
+    output, rows, length = tmp_path / "o.jsonl", make_rows(20), 32
+    stage(output, rows[:10], Engine())
+    before, length = files_of(output), 128
+    for more in (rows, rows[:10]):
+        with pytest.raises(InputError, match=r"--max_model_len \(32 before, 128 now\)"):
+            stage(output, more, Engine(), retry_failed=True)
+    assert files_of(output) == before
+    length = 64
+    stage(output, rows, Engine())
+    assert sum(map(len, files_of(output).values())) == 20
+
+
 def test_differences_are_found_at_any_depth():
     assert differences({"a": {"b": [1], "c": 2}}, {"a": {"b": [1]}, "d": None}) == ["a.c: 2 before, null now"]
 
@@ -260,8 +277,33 @@ def test_a_file_no_stage_wrote_is_not_gone_on_with(tmp_path):
     output = tmp_path / "o.jsonl"
     stage(output, make_rows(5))
     output.write_text('{"other": 1}\n')
-    with pytest.raises(InputError, match="line 1: not a row a stage wrote"):
+    with pytest.raises(InputError, match="line 1: not a row a stage wrote; take the line out"):
         stage(output, make_rows(5))
+
+
+@pytest.mark.parametrize("content", ['[{"prompt": "one line"}]', '{"prompt": "a"}\n{"prompt": "cut'])
+def test_a_file_no_stage_wrote_is_not_touched_whatever_it_ends_with(tmp_path, content):
+    output = tmp_path / "o.jsonl"
+    output.write_text(content)
+    with pytest.raises(InputError, match="not its manifest"):
+        stage(output, make_rows(5))
+    assert output.read_text() == content
+
+
+def test_what_overwrite_replaces_stays_until_the_engine_is_up(tmp_path):
+    output, rows = tmp_path / "o.jsonl", make_rows(20)
+    stage(output, rows)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def not_started():
+        raise EngineNotStarted("no such model")
+
+    with pytest.raises(EngineNotStarted):
+        run_stage(rows, work, not_started, output, Manifest({"stage": "other"}), total=20, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    engine = ScriptedEngine()
+    stage(output, rows[:7], engine, identity={"seed": 2}, overwrite=True)
+    assert sum(map(len, files_of(output).values())) == 7 and engine.closed
 
 
 def test_a_fault_of_the_program_ends_the_run_and_keeps_the_rows(tmp_path):
@@ -362,6 +404,24 @@ def test_two_runs_on_one_output_at_once_are_refused(tmp_path):
         child.kill()
         child.wait()
     stage(output, make_rows(3))
+
+
+def test_of_two_runs_that_start_at_once_the_refused_one_leaves_the_file_to_the_other(tmp_path):
+    output, children = tmp_path / "o.jsonl", []
+
+    def overtaken(path):
+        file = LineFile(path)
+        children.append(start("hold", output))
+        children[0].stdout.readline()
+        return file
+
+    try:
+        with pytest.raises(InputError, match="another command is writing"):
+            stage(output, make_rows(3), open_done=overtaken)
+        assert output.exists()
+    finally:
+        children[0].kill()
+        children[0].wait()
 
 
 def test_a_hundred_thousand_rows_take_no_more_memory_than_their_ids(tmp_path):

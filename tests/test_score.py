@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,9 @@ def test_a_cut_reply_counts_only_if_its_grades_are_whole(prompts):
     cut = reply("<score_a>8</score_a> <score_b>3", "length")
     outcome, _ = drive(orig_work(prompts, max_tries=1), ROW, [cut])
     assert isinstance(outcome, Failed)
+    thinking = replace(reply("", "length"), reasoning="<score_a>8</score_a> <score_b>3</score_b> or")
+    outcome, _ = drive(orig_work(prompts, max_tries=1), ROW, [thinking])
+    assert "cut the reply, maybe inside its thinking" in outcome.reason and outcome.raw == thinking.reasoning
 
 
 def test_ties_are_kept_dropped_or_regraded(prompts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,27 @@ def test_both_stages_in_one_engine_verify_and_report_alike(stages, capsys):
     # given: 9 and 3 with chosen first, 4 and 8 with rejected first; each less a quarter point
     assert by_id("scored.jsonl")["n13"]["grades_by_order"][0] == pytest.approx([8.75, 2.75])
     assert by_id("scored.jsonl")["n13"]["rejected_score"] == pytest.approx(3.25)
+
+
+@pytest.mark.parametrize("mode", ["sample", "mean", "expected"])
+def test_a_dry_run_counts_every_ask_of_the_run(stages, capsys, mode):
+    mode = ["--score_mode", mode, "--num_score_samples", "2"]
+    server = ["--base_url", "http://127.0.0.1:9/v1", "--model", "no/such-model", "--max_tokens", "10"]
+    for main, flags in (
+        (cali.main, _flags("score", "refined.jsonl", "scored.jsonl")),
+        (score_orig.main, _flags("score", "refined.jsonl", "orig.jsonl", "orig")),
+        (regrade.main, [*_flags("score", "orig.jsonl", "new.jsonl", "orig"), "--tie_tolerance", "9"]),
+    ):
+        assert main([*flags, *mode]) == 0
+        asks = json.loads(Path(f"{flags[flags.index('--output') + 1]}.manifest.json").read_text())["usage"]["asks"]
+        capsys.readouterr()
+        assert main([*flags, *mode, *server, "--dry_run", "--price_per_million", "0", "1e6"]) == 0
+        said = capsys.readouterr().out
+        assert f"asks: {asks}, " in said
+        replies = int(re.search(r"at most ([\d,]+) \(max_tokens 10", said)[1].replace(",", "")) // 10
+        requests = 11 * (asks - replies)
+        assert (f"requests for probabilities: {requests:,}, " in said) == (mode[1] == "expected")
+        assert f"cost: at most {10 * replies + requests:,.4g} at" in said
 
 
 def test_ties_of_candidates_are_kept_if_asked_for_and_regraded_into_pairs(stages, capsys):

@@ -51,6 +51,7 @@ def late(fault):
 
 ENDS = [
     (refusal(401, "bad key"), "refused the credentials .*401.*bad key.* OPENAI_API_KEY"),
+    (refusal(400, "your balance is too low"), "refuses every request .*400.*balance is too low"),
     (refusal(402, "no money"), "402.*no money"),
     (refusal(404, "no such model"), "404.*no such model.* --model m; it serves served"),
     (refusal(429, "too fast"), "429.*too fast.* Lower --max_concurrency"),
@@ -85,6 +86,21 @@ def test_a_server_at_fault_ends_the_command_fails_no_row_and_the_rerun_finishes(
     rows = rows_of()
     assert {row["response"] for row in rows.values()} == {f"answer to prompt {n}" for n in range(ROWS)}
     assert len(rows) == ROWS and not rows_of(".failed.jsonl")
+
+
+def test_rows_to_be_overwritten_stay_where_the_server_cannot_make_new_ones(place, server, capsys, monkeypatch):  # noqa: F811
+    server.script = lambda body: reply("old")
+    assert command(server) == 0
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    monkeypatch.setattr("sys.argv", ["generate.py", "--overwrite"])
+    server.script = lambda body: refusal(404, "no such model")
+    assert command(server, "--overwrite") == 2
+    said = capsys.readouterr().err
+    assert "did not start: " in said and said.endswith("To go on, run: python generate.py --overwrite\n")
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+    server.script = lambda body: reply("new")
+    assert command(server, "--overwrite") == 0
+    assert [row["response"] for row in rows_of().values()] == ["new"] * ROWS
 
 
 def test_a_server_that_dies_ends_the_command_and_the_rerun_finishes(place, server, capsys):  # noqa: F811

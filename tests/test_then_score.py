@@ -99,6 +99,15 @@ def test_each_stage_has_its_own_longest_reply(odd):
     assert longest == {(1, False): None, (1, True): 77, (3, False): 77}
 
 
+def test_a_dry_run_bounds_the_replies_by_the_longer_of_the_two_stages(odd, capsys):
+    for lengths, longest in (((9, 7), 9), ((7, 9), 9)):
+        config = yaml.safe_load(Path("score.yaml").read_text()) | {"max_tokens": lengths[1]}
+        Path("score.yaml").write_text(yaml.safe_dump(config))
+        server = ("--base_url", "http://127.0.0.1:9/v1", "--model", "no/such-model")
+        assert both("--dry_run", "--max_tokens", str(lengths[0]), *server) == 0
+        assert f"(max_tokens {longest} each)" in capsys.readouterr().out
+
+
 def test_scoring_goes_on_from_the_refinement_prompt_of_this_command(odd):
     edited = (ROOT / "refine/prompts/refine.txt").read_text() + "Be quick.\n"
     Path("mine.txt").write_text(edited)
