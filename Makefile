@@ -1,6 +1,6 @@
 # make demo      environment, then the four commands of the README on the embedded example
-# make test      environment, lint, the quick tests (under 20 minutes on 2 cores)
-# make test-all  the same and the slow tests: servers, kills, several ranks, a browser (under 60 minutes)
+# make test      environment, lint, the quick tests
+# make test-all  the same and the slow tests: servers, kills, several ranks, a browser
 # make env       the environment alone, in .venv; make clean removes it
 
 PYTHON ?= python3
