@@ -125,10 +125,13 @@ def dry_run(
             print(f"--- row {row['id']}, ask {number}")
             for message in conversation:
                 print(f"[{message['role']}]\n{message['content']}")
+        if len(asked) > 1:
+            print("(what the teacher has yet to say is shown by a stand-in)")
     print("---")
     for row in found.bad_shown:
         print(f"bad row: {row}")
-    print(f"rows: {found.good + found.bad} ({found.good} to run, {found.bad} that cannot be used)")
+    said = f"{found.good} usable, finished ones included; {found.bad} that cannot be used"
+    print(f"rows: {found.good + found.bad} ({said})")
     if found.refused:
         print(f"refused by the chat template: {found.refused} of {found.sampled} rows; they will fail")
     print(f"asks: {_said(found.asks)}, when every reply can be parsed at the first try")

@@ -32,6 +32,8 @@ BLOCK = 1 << 16
 KINDS = ("done", "filtered", "failed")
 MOST_REASONS = 200
 """Reasons counted apart; a message that differs in every row must not fill the memory."""
+CONTENT = re.compile(r"^(?:inputs\.|prompts\.|(?=input:))(\w+): .*")
+"""A difference that is one of content hashes, which say nothing to a reader."""
 USAGE_SECONDS = 0.2
 """Time between two writings of the tokens used."""
 
@@ -124,10 +126,17 @@ def check_same_command(output: Path, old: Manifest | None, new: Manifest) -> Non
         )
     changed = differences(old.identity, new.identity)
     if changed:
+        of_content = [CONTENT.sub(r"the content of --\1 changed", line) for line in changed]
+        remedy = "Go on with those settings, name another output, or use --overwrite to start anew."
+        if any(line.startswith("input") for line in changed):
+            remedy += (
+                "\nRows that are new or mended: put them alone into another file, with an output of its own; training "
+                "takes several files (--train_file a.jsonl,b.jsonl)."
+            )
         raise InputError(
             f"{output} was begun with other settings, and rows of both would mix in it:\n  "
-            + "\n  ".join(changed)
-            + "\nGo on with those settings, name another --output, or use --overwrite to start anew."
+            + "\n  ".join(of_content)
+            + f"\n{remedy}"
         )
 
 
@@ -201,7 +210,7 @@ class Store:
             raise InputError(
                 f"{self.files['done'].path} was begun with other rotary factors of this model, which follow "
                 f"--max_model_len ({old.get('max_model_len')} before, {facts.get('max_model_len')} now): give the one "
-                "before, name another --output, or use --overwrite to start anew"
+                "before, name another output, or use --overwrite to start anew"
             )
         self._say_changes(old, facts)
         self.manifest.made_with["engine"] = facts

@@ -107,6 +107,12 @@ def test_what_is_missing_is_named(given, message):
         run(BestOfNArguments(**given))
 
 
+def test_rows_without_responses_are_refused_before_a_model_loads(tmp_path):
+    source = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "q", "chosen": "tin", "rejected": "red"}])
+    with pytest.raises(InputError, match=r"no row has `responses`.*generate_response_vllm.py --num_responses"):
+        run(BestOfNArguments(model=str(tmp_path / "none"), input=str(source), gold_model=str(tmp_path / "none")))
+
+
 def drive(work, row: dict, replies: list) -> tuple[object, list]:
     """(outcome of the row, its asks)"""
     generator, asks, reply = work(row), [], None

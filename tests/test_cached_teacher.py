@@ -284,6 +284,9 @@ def test_run_that_lacks_its_cache_names_the_command_and_then_trains_as_with_the_
     for live, cached in zip(logged(tmp_path / "live"), logged(tmp_path / "cached"), strict=True):
         for term in ("loss", "loss_reward", "loss_sft", "loss_kl", "gap"):
             assert cached[term] == pytest.approx(live[term], abs=2e-3, rel=1e-3), term
+    live_card, cached_card = ((tmp_path / name / "README.md").read_text() for name in ("live", "cached"))
+    assert "| `teacher_model` |" in live_card and "teacher_logprobs" not in live_card
+    assert "| `teacher_logprobs` | cache |" in cached_card and "| `kl_tail` | bucket |" in cached_card
     metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("live", "cached")]
     for when in ("before", "after"):
         assert metrics[1][when]["eval_loss_kl"] == pytest.approx(metrics[0][when]["eval_loss_kl"], abs=2e-3, rel=1e-3)

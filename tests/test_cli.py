@@ -166,11 +166,12 @@ def test_a_changed_prompt_or_input_is_refused_and_speed_options_are_not(world, c
     assert list(output(world)) == ["a", "b"]
     (world / "stage" / "say.txt").write_text("tell: {{ prompt }}")
     assert demo(world) == 1
-    assert "prompts.prompt_file" in capsys.readouterr().err
+    assert "the content of --prompt_file changed" in capsys.readouterr().err
     (world / "stage" / "say.txt").write_text("say: {{ prompt }}\n")
     write_input(world, "a", "b", "d")
     assert demo(world) == 1
-    assert "inputs.input" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the content of --input changed" in said and "alone into another file" in said
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "modeling.py"])
@@ -257,7 +258,7 @@ def test_dry_run_counts_rows_and_tokens_and_shows_two_prompts_and_writes_nothing
     assert demo(world, "--dry_run", *server, "--max_tokens", "10") == 0
     said = capsys.readouterr().out
     assert "cost: at most 93 at" in said  # 33 x 1 + 30 x 2
-    assert "rows: 4 (3 to run, 1 that cannot be used)" in said
+    assert "rows: 4 (3 usable, finished ones included; 1 that cannot be used)" in said
     assert "prompt tokens: 33, from 3 rows, at 4 characters a token" in said
     assert "completion tokens: at most 30" in said
     assert "say: " + "a" * 40 in said and "say: " + "b" * 40 in said and "c" * 40 not in said

@@ -226,7 +226,7 @@ def test_a_second_run_asks_nothing_and_other_settings_are_refused(house, server,
     assert judge(house, server, "--temperature", 0.5) == 1
     assert "sampling.temperature: 0.0 before, 0.5 now" in capsys.readouterr().err
     (house / "prompt.txt").write_text("Well? " + PROMPT)
-    assert judge(house, server) == 1 and "prompts" in capsys.readouterr().err
+    assert judge(house, server) == 1 and "the content of --prompt_file changed" in capsys.readouterr().err
     (house / "prompt.txt").write_text(PROMPT)
     path = house / "data/judgebench-gpt/gpt.jsonl"
     path.write_text(path.read_text().replace("good answer", "fine answer"))
@@ -291,7 +291,7 @@ def test_a_dry_run_shows_both_orders_and_asks_nothing(house, server, capsys):
     assert judge(house, server, "--dry_run") == 0
     out = capsys.readouterr().out
     assert "q p0\n[A] good answer\n[B] bad" in out and "q p0\n[A] bad\n[B] good answer" in out
-    assert "rows: 12 (12 to run, 0 that cannot be used)" in out
+    assert "rows: 12 (12 usable, finished ones included; 0 that cannot be used)" in out
     assert not server.bodies and not (house / "out").exists()
 
 

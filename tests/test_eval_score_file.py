@@ -121,6 +121,13 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("command", ["score_file", "best_of_n"])
+def test_a_flag_that_is_not_there_ends_the_command_in_one_line(command):
+    arguments = [sys.executable, "-m", f"RewardTrainer.eval.{command}", "--model", "m", "--imput", "i.jsonl"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 2 and "unknown argument --imput" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     "messages", [[], "text", [{"role": "assistant", "content": "x"}], [{"role": "user", "content": "x"}, 5]]
 )

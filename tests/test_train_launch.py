@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from RewardTrainer.train.arguments import parse
 from RewardTrainer.train.trainer import last_checkpoint
 
 SCRIPTS = Path(run_reward_train.__file__).parents[1] / "scripts"
+REPOSITORY = SCRIPTS.parents[1]
 RECIPES = sorted((SCRIPTS.parent / "configs/train").glob("*.yaml"))
 STEPS = 10
 
@@ -46,8 +49,10 @@ def flags(world: Path, output: Path, batch_size: int) -> list[str]:
 def launch(world: Path, output: Path, *extra: str, zero: int, wait: bool = True) -> subprocess.Popen:
     """train_distilrm.sh on two ranks, from another directory; its output goes to a file beside `output`."""
     log = output.with_suffix(".log").open("ab")
+    given = [*flags(world, output, batch_size=1), *extra]
     process = subprocess.Popen(
-        ["bash", str(SCRIPTS / "train_distilrm.sh"), *flags(world, output, batch_size=1), *extra],
+        # bash traps no signal that was ignored when it began, as SIGINT is where the tests run in the background
+        ["env", "--default-signal=INT", "bash", str(SCRIPTS / "train_distilrm.sh"), *given],
         cwd=world,
         env=os.environ | {"NUM_PROCESSES": "2", "ZERO": str(zero), "OMP_NUM_THREADS": "1"},
         stdout=log,
@@ -141,6 +146,36 @@ def test_sigterm_saves_a_checkpoint_that_goes_on_as_if_nothing_had_happened(worl
     resumed, whole = load_file(output / "model.safetensors"), load_file(zero3 / "model.safetensors")
     for name in whole:
         torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_every_process_with_its_own_exit_code(world, tmp_path):
+    process = launch(world, tmp_path / "out", zero=2, wait=False)
+    log = tmp_path / "out.log"
+    while "'loss'" not in log.read_text(errors="replace"):
+        assert process.poll() is None, log.read_text(errors="replace")[-4000:]
+        time.sleep(0.01)
+    tree = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(timeout=120) == 130, log.read_text(errors="replace")[-4000:]
+    assert not psutil.wait_procs(tree, timeout=10)[1]
+
+
+@pytest.mark.slow
+def test_lock_of_a_build_that_was_killed_is_taken_away_and_a_live_one_stays(world, tmp_path):
+    for name in ("killed", "under_way"):
+        (tmp_path / "built" / name).mkdir(parents=True)
+        (tmp_path / "built" / name / "lock").touch()
+    with (tmp_path / "built/under_way/lock").open():
+        done = subprocess.run(
+            ["bash", str(SCRIPTS / "train_distilrm.sh"), "--no_such_flag", "--output_dir", str(tmp_path)],
+            env=os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "built")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1 and "unknown argument --no_such_flag" in done.stderr
+    assert [path.parent.name for path in sorted((tmp_path / "built").glob("*/lock"))] == ["under_way"]
 
 
 @pytest.mark.slow
@@ -259,8 +294,25 @@ def test_command_line_overrides_the_recipe_and_unknown_keys_are_refused(tmp_path
     model_args, _, args = parse(recipe, ["--learning_rate", "2e-4", "--output_dir", str(tmp_path)])
     assert (model_args.model_name_or_path, args.learning_rate, args.loss_type) == ("a", 2e-4, "bt")
     recipe.write_text("model_name_or_path: a\ntrain_file: b\nlearnig_rate: 1e-4\n")
-    with pytest.raises(ValueError, match="learnig_rate"):
+    with pytest.raises(run_reward_train.InputError, match="recipe.yaml: unknown .* --learnig_rate, .*--learning_rate"):
         parse(recipe, ["--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--learnig_rate", "1e-4"], "unknown argument --learnig_rate, did you mean --learning_rate?"),
+        (["--learnig_rate=1e-4"], "unknown argument --learnig_rate, did you mean --learning_rate?"),
+        (["--config", "nothing.yaml"], "--config nothing.yaml: no such file"),
+        (["--eval_strategy", "steps", "--eval_steps", "0", "--logging_steps", "0"], "non-zero"),
+    ],
+)
+def test_command_line_that_cannot_be_used_ends_in_one_line(given, message, tmp_path):
+    command = [sys.executable, "-m", "RewardTrainer.train.run_reward_train", "--output_dir", tmp_path, *given]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if "rror" in line]
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in done.stderr
 
 
 def test_weight_that_the_loss_ignores_is_refused_before_anything_is_read(tmp_path):
@@ -300,9 +352,29 @@ def test_zero3_file_that_could_not_save_a_model_is_refused_before_training(world
     assert "stage3_gather_16bit_weights_on_model_save" in (tmp_path / "out.log").read_text()
 
 
-def test_missing_model_directory_is_named(tmp_path):
-    with pytest.raises(run_reward_train.InputError, match="no such directory"):
-        run_reward_train.main(["--model_name_or_path", "./nothing-here", "--output_dir", str(tmp_path)])
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("./nothing-here", "no such directory"), ("output/student", "did you mean ../output/student?")],
+)
+def test_missing_model_directory_is_named(path, message, world, tmp_path, monkeypatch):
+    (tmp_path / "output/student").mkdir(parents=True)
+    (tmp_path / "RewardTrainer").mkdir()
+    monkeypatch.chdir(tmp_path / "RewardTrainer")
+    with pytest.raises(run_reward_train.InputError, match=re.escape(message)):
+        run_reward_train.main([*flags(world, tmp_path / "out", batch_size=2), "--model_name_or_path", path])
+
+
+def test_missing_file_of_rows_is_named_before_anything_starts(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/mine.jsonl").write_text("{}\n")
+    (tmp_path / "RewardTrainer").mkdir()
+    monkeypatch.chdir(tmp_path / "RewardTrainer")
+    monkeypatch.setattr(run_reward_train, "set_up", None)
+    for flag, rest in (("--train_file", ()), ("--eval_file", ("--train_file", "../data/mine.jsonl"))):
+        with pytest.raises(run_reward_train.InputError, match=r"did you mean \.\./data/mine\.jsonl\?"):
+            run_reward_train.main([flag, "data/mine.jsonl", *rest, "--output_dir", str(tmp_path)])
+    with pytest.raises(run_reward_train.InputError, match=r"refine_response_vllm.py and then .*cali_score_vllm.py"):
+        run_reward_train.main(["--train_file", "../data/other.jsonl", "--output_dir", str(tmp_path)])
 
 
 def test_rows_held_out_are_written_beside_the_model(world, tmp_path):

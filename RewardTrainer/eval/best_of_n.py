@@ -27,7 +27,6 @@ prompts.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -38,9 +37,9 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from trl import TrlParser
 
-from distiller.records import InputError
+from distiller.arguments import parse_stage_args
+from distiller.records import InputError, parse_columns, read_rows
 from RewardTrainer.eval import score_file
 from RewardTrainer.eval.figures import curves
 from RewardTrainer.eval.outputs import write_file, write_json
@@ -144,6 +143,12 @@ def run(arguments: BestOfNArguments) -> dict:
             raise InputError(f"--{name} is needed")
     if bool(arguments.gold_model) == bool(arguments.gold_adapter):
         raise InputError("give --gold_model or --gold_adapter, one of them: what the picks are judged by")
+    rows = read_rows(arguments.input, parse_columns(arguments.columns), arguments.limit)
+    if not any(isinstance(row, dict) and row.get("responses") for row in rows):  # before a model is loaded
+        raise InputError(
+            f"{arguments.input}: no row has `responses`, a list; to get them, run: "
+            "python refine/generate_response_vllm.py --num_responses 16"
+        )
     directory = Path(arguments.output_dir or Path("output/best_of_n") / Path(arguments.model).name)
     gold_model = arguments.gold_model or arguments.gold_adapter
     ours = _rewards(arguments, arguments.model, None, directory / "rewards.jsonl")
@@ -155,8 +160,8 @@ def run(arguments: BestOfNArguments) -> dict:
     most = max(lengths, key=lambda length: (lengths[length], length))
     whole = [row for row in both if len(ours[row]) >= most]
     table = figures([ours[row] for row in whole], [theirs[row] for row in whole])
-    rows = _rows(directory / "rewards.jsonl")
-    counts = {"prompts": len(whole), "left_out": rows - len(whole), "failed": rows - len(both), "responses": most}
+    total = _rows(directory / "rewards.jsonl")
+    counts = {"prompts": len(whole), "left_out": total - len(whole), "failed": total - len(both), "responses": most}
     results = {"model": arguments.model, "gold": gold_model, "counts": counts, "best_of_n": table}
     write_json(directory / "results.json", results)
     lines = {name: [(entry["n"], entry[name]) for entry in table] for name in ("oracle", "gold", "random")}
@@ -199,13 +204,7 @@ def format_table(table: Sequence[dict]) -> str:
 
 
 def main() -> None:
-    parser = TrlParser(
-        BestOfNArguments,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    (arguments,) = parser.parse_args_and_config()
+    arguments = parse_stage_args(BestOfNArguments, None, __doc__)
     try:
         run(arguments)
     except InputError as fault:

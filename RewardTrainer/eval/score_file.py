@@ -22,7 +22,6 @@ and it goes on where it was. `--overwrite` starts anew.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,8 +30,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from tqdm import tqdm
-from trl import TrlParser
 
+from distiller.arguments import parse_stage_args
 from distiller.manifest import Manifest, hash_file, made_with, model_fingerprint
 from distiller.records import (
     RAW_LIMIT,
@@ -250,13 +249,7 @@ def default_output(source: str) -> str:
 
 
 def main() -> None:
-    parser = TrlParser(
-        ScoreFileArguments,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    (arguments,) = parser.parse_args_and_config()
+    arguments = parse_stage_args(ScoreFileArguments, None, __doc__)
     try:
         run(arguments)
     except InputError as fault:

@@ -11,6 +11,7 @@
 # ZERO           2 (default), 1, 3, 2_offload, 3_offload: which of configs/deepspeed/; `--deepspeed FILE` gives another
 # MASTER_PORT    default: a free one (with a hostfile 29500)
 # MASTER_ADDR    with a hostfile: the first node's address for the others; default: the first that its `hostname -I` gives
+# TORCH_EXTENSIONS_DIR  where DeepSpeed keeps what it compiles; default: in the Python environment
 # SIGTERM saves a checkpoint and ends with exit code 143.
 # Paths are relative to RewardTrainer/, from wherever this is called.
 set -euo pipefail
@@ -30,6 +31,25 @@ if ((gpus == 0)); then
   export DS_ACCELERATOR=cpu
   cores="$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
+fi
+
+# Not in the home directory, where a second environment would compile it again, in turn with this one.
+if [[ -z "${TORCH_EXTENSIONS_DIR:-}" ]]; then
+  environment="$(python -c 'import sys; print(sys.prefix)')"
+  if [[ -w "$environment" ]]; then
+    export TORCH_EXTENSIONS_DIR="$environment/torch_extensions"
+  fi
+fi
+if [[ -d "${TORCH_EXTENSIONS_DIR:-}" && -z "${HOSTFILE:-}" ]]; then
+  # A build that was killed leaves its lock, for which every later training would wait without a word. Who holds one has
+  # it open.
+  find "$TORCH_EXTENSIONS_DIR" -maxdepth 2 -name lock | while read -r lock; do
+    holders="$(find /proc/[0-9]*/fd -lname "$(realpath "$lock")" 2>/dev/null || true)"
+    [[ -n "$holders" ]] || rm -f "$lock"
+  done
+fi
+if ((gpus == 0)) && [[ -n "${TORCH_EXTENSIONS_DIR:-}" && ! -f "$TORCH_EXTENSIONS_DIR/deepspeed_shm_comm/deepspeed_shm_comm.so" ]]; then
+  echo "DeepSpeed compiles its extension for CPUs: once, about half a minute" >&2
 fi
 
 launch=()
@@ -103,7 +123,8 @@ PYTHON
   fi
 }
 trap stop TERM
-trap : INT # Ctrl-C reaches the launcher too, which ends the ranks
+interrupted=
+trap 'interrupted=130' INT # Ctrl-C reaches the launcher too, which ends the ranks
 
 code=0
 while kill -0 "$launcher" 2>/dev/null; do
@@ -113,4 +134,4 @@ done
 if ((gpus == 0)) && [[ -z "${HOSTFILE:-}" ]]; then
   rm -f /dev/shm/deepspeed_*_"$MASTER_PORT"_* # 66 MB a rank, which DeepSpeed leaves behind on a CPU
 fi
-exit "$code"
+exit "${interrupted:-$code}"

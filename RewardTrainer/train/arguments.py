@@ -1,5 +1,6 @@
 """Arguments of `run_reward_train.py`: model, rows, loss; the rest is `transformers.TrainingArguments`."""
 
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import yaml
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from trl import TrlParser
@@ -225,7 +227,8 @@ def parse(
 ) -> tuple[ModelArguments, DataArguments, DistilConfig]:
     """`--config recipe.yaml` with command-line override; without --config, `default_config`.
 
-    An unknown key of the recipe is an error (ValueError), an unknown flag ends the program as argparse does.
+    Raises InputError for a recipe that cannot be read, an unknown key or flag, and values that do not go together; a
+    value of the wrong type ends the program as argparse does.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # `--config=x` and `--config x` alike; TrlParser knows the second.
@@ -234,5 +237,22 @@ def parse(
     ]
     if "--config" not in arguments:
         arguments = ["--config", str(default_config), *arguments]
-    parser = TrlParser((ModelArguments, DataArguments, DistilConfig))
-    return parser.parse_args_and_config(arguments)
+    config = arguments[arguments.index("--config") + 1 :][:1]
+    if not config or not Path(config[0]).is_file():
+        raise InputError(f"--config {' '.join(config)}: no such file (current directory: {Path.cwd()})")
+    parser = TrlParser((ModelArguments, DataArguments, DistilConfig), allow_abbrev=False)
+    try:
+        *parsed, of_recipe, given = parser.parse_args_and_config(
+            arguments, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except InputError:
+        raise
+    except (ValueError, yaml.YAMLError) as fault:  # what TrainingArguments refuses
+        raise InputError(str(fault)) from fault
+    known = [name for part in parsed for name in part.__dataclass_fields__]
+    for place, unknown in ((f"{config[0]}: ", of_recipe), ("", given)):
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(flag.lstrip("-"), known, n=1)
+            raise InputError(f"{place}unknown argument {flag}" + (f", did you mean --{near[0]}?" if near else ""))
+    return tuple(parsed)

@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from RewardTrainer.train.arguments import DataArguments, DistilConfig, ModelArguments
+from RewardTrainer.train.cached_teacher import DEFAULT_TAIL
 from RewardTrainer.train.data_stats import public_name
 from RewardTrainer.train.losses import check_weights, loss_spec
 
@@ -113,7 +114,10 @@ def _settings(model_args: ModelArguments, data_args: DataArguments, args: Distil
         settings["sft_weight"] = sft_weight
     if spec.kl_weight is not None:
         settings["kl_weight"] = kl_weight
-    if kl_weight and model_args.teacher_model:
+    if kl_weight and model_args.teacher_logprobs:
+        settings["teacher_logprobs"] = public_name(model_args.teacher_logprobs)
+        settings["kl_tail"] = model_args.kl_tail or DEFAULT_TAIL
+    elif kl_weight:
         settings["teacher_model"] = public_name(model_args.teacher_model)
     if spec.uses_margin:
         settings["margin_scale"] = args.margin_scale

@@ -195,14 +195,26 @@ def _prompt_key(row: dict) -> str:
     return json.dumps([[m["role"], m["content"].strip()] for m in prompt_messages(row["prompt"])])
 
 
+def check_file(source: str | Path) -> None:
+    """Raises InputError for a source that is plainly a file, by its ending, and is not there."""
+    path = Path(source)
+    if path.suffix not in (".jsonl", ".json") or path.is_file():
+        return
+    near = Path("..") / path
+    if near.is_file():
+        remedy = f"did you mean {near}?"
+    else:
+        remedy = (
+            f"scored pairs are written by {REMEDIES['teacher_response']} and then {REMEDIES['margin']}, from the "
+            "repository root"
+        )
+    raise InputError(f"{source} does not exist (current directory: {Path.cwd()}); {remedy}")
+
+
 def _read(
     source: str | Path, columns: Mapping[str, str] | None, required: tuple[str, ...], limit: int | None
 ) -> list[dict]:
-    if str(source).endswith((".jsonl", ".json")) and not Path(source).is_file():
-        raise InputError(
-            f"{source} does not exist (current directory: {Path.cwd()}); scored pairs are written by "
-            f"{REMEDIES['teacher_response']} and then {REMEDIES['margin']}, from the repository root"
-        )
+    check_file(source)
     if Path(source).is_file() and survey(source)[0] == 0:
         raise InputError(
             f"{source}: 0 rows: every row was filtered or failed, or the stage that writes it has not run; "

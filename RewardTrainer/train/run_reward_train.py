@@ -40,6 +40,7 @@ from RewardTrainer.train.losses import check_weights, loss_spec
 from RewardTrainer.train.model_card import write_card
 from RewardTrainer.train.plots import calibration, draw_calibration, draw_curves
 from RewardTrainer.train.quantization import check_4bit
+from RewardTrainer.train.rows import check_file
 from RewardTrainer.train.student import LiveTeacher, choose_layout
 from RewardTrainer.train.trainer import HELD_OUT_FILE, DistilTrainer, generative_field, last_checkpoint
 from RewardTrainer.train.vocabulary import match_vocabularies
@@ -52,6 +53,9 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "train"
 
 def main(arguments: list[str] | None = None) -> None:
     model_args, data_args, args = parse(CONFIGS / "example.yaml", arguments)
+    sources = [source.strip() for source in data_args.train_file.split(",")]
+    for source in [*sources, *([data_args.eval_file] if data_args.eval_file else [])]:
+        check_file(source)
     set_up(model_args, args)
     sft_weight, kl_weight = check_weights(args.loss_type, args.sft_weight, args.kl_weight, args.margin_scale)
     generative = generative_field(args.loss_type, sft_weight, kl_weight)
@@ -90,7 +94,6 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Data
     needed = [*loss_spec(args.loss_type).needs, *([generative] if generative == "teacher_response" else [])]
-    sources = [source.strip() for source in data_args.train_file.split(",")]
     with args.main_process_first(desc="reading pairs"):
         mixture = load_mixture(
             sources,
@@ -180,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         result = trainer.train(resume_from_checkpoint=resume_from)
     except Interrupted as stopped:
-        logger.warning("stopped by SIGTERM; to go on from %s: --resume_from_checkpoint last", stopped)
+        logger.warning("told to stop; to go on from %s: --resume_from_checkpoint last", stopped)
         trainer.end()  # a process group that is still there at exit may abort, with another exit code
         sys.exit(EXIT_CODE)
 
@@ -244,8 +247,15 @@ def set_up(model_args: ModelArguments, args: DistilConfig) -> None:
 
 def check_path(flag: str, path: str | None) -> None:
     """A path that is plainly local must exist; transformers would take it for a name on the hub."""
-    if path is not None and path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise InputError(f"{flag} {path}: no such directory (current directory: {Path.cwd()})")
+    if path is None or Path(path).expanduser().is_dir():
+        return
+    above, missing = Path("..") / path, f"{flag} {path}: no such directory (current directory: {Path.cwd()})"
+    if above.is_dir():
+        raise InputError(f"{missing}; did you mean {above}?")
+    if path.startswith((".", "/", "~")):
+        raise InputError(missing)
+    if "/" in path and (Path(path).parent.is_dir() or above.parent.is_dir()):  # a typo would wait for the hub
+        logger.warning("%s; looking for it on the hub", missing)
 
 
 def vocabulary_size(path: str, **load_args) -> int:

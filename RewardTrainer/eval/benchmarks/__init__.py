@@ -31,7 +31,7 @@ def load_benchmarks(names: str, data_dir: Path | None) -> list[Benchmark]:
     if not named or len({name if name in BENCHMARKS else Path(name).resolve() for name in named}) < len(named):
         raise InputError(f"--benchmarks {names}: one or more different names expected")
     if data_dir is not None and not data_dir.is_dir() and any(name in BENCHMARKS for name in named):
-        raise InputError(f"--data_dir {data_dir}: no such directory")
+        raise InputError(f"--data_dir {data_dir}: no such directory; make it, empty where all is on the hub")
     return [load_benchmark(name, data_dir) for name in named]
 
 

@@ -98,11 +98,14 @@ def _check_directory(name: str) -> None:
                 else "give the directory the model was saved to"
             )
             raise InputError(f"{name}: the directory holds no config.json; {remedy}.")
-    elif path.is_absolute() or name.startswith((".", "~")) or name.count(os.sep) > 1:
-        raise InputError(
-            f"{name}: no such directory. Train a reward model first (bash scripts/train_distilrm.sh), or give "
-            "--model; relative paths start at the current directory."
-        )
+        return
+    above, missing = Path("..") / name, f"{name}: no such directory (current directory: {Path.cwd()})"
+    if above.is_dir():
+        raise InputError(f"{missing}; did you mean {above}?")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count(os.sep) > 1:
+        raise InputError(f"{missing}. Train a reward model first (bash scripts/train_distilrm.sh), or give --model")
+    if os.sep in name and (path.parent.is_dir() or above.parent.is_dir()):  # a typo would wait for the hub
+        print(f"{missing}; looking for it on the hub", file=sys.stderr)
 
 
 def _shown(names: list[str], limit: int = 5) -> str:
