@@ -32,7 +32,7 @@ BLOCK = 1 << 16
 KINDS = ("done", "filtered", "failed")
 MOST_REASONS = 200
 """Reasons counted apart; a message that differs in every row must not fill the memory."""
-CONTENT = re.compile(r"^(?:inputs\.|prompts\.|(?=input:))(\w+): .*")
+CONTENT = re.compile(r"^(?:(?:inputs|prompts)\.(\w+)|(input)|(model|adapter)_files?): .*")
 """A difference that is one of content hashes, which say nothing to a reader."""
 USAGE_SECONDS = 0.2
 """Time between two writings of the tokens used."""
@@ -126,7 +126,7 @@ def check_same_command(output: Path, old: Manifest | None, new: Manifest) -> Non
         )
     changed = differences(old.identity, new.identity)
     if changed:
-        of_content = [CONTENT.sub(r"the content of --\1 changed", line) for line in changed]
+        of_content = [CONTENT.sub(r"the content of --\1\2\3 changed", line) for line in changed]
         remedy = "Go on with those settings, name another output, or use --overwrite to start anew."
         if any(line.startswith("input") for line in changed):
             remedy += (

@@ -181,7 +181,7 @@ def test_a_model_built_anew_at_the_same_place_is_another_model(world, capsys, fi
     assert demo(world) == 0
     (world / "tiny" / file).write_bytes(b"1" * 100)
     assert demo(world) == 1
-    assert "model_files" in capsys.readouterr().err
+    assert "the content of --model changed" in capsys.readouterr().err
 
 
 def test_a_tilde_is_the_home_directory_in_a_file_as_on_the_command_line(world, monkeypatch):
