@@ -62,7 +62,7 @@ def make_engine(args: StageArguments) -> TeacherEngine:
             timeout=args.timeout,
             max_retries=args.max_retries,
         )
-        if args.overwrite:  # finished rows go next, but not for a server that cannot make new ones
+        if args.overwrite or args.retry_failed:  # rows go next, but not for a server that cannot make new ones
             engine.check()
         return engine
     options = {

@@ -125,8 +125,6 @@ def dry_run(
             print(f"--- row {row['id']}, ask {number}")
             for message in conversation:
                 print(f"[{message['role']}]\n{message['content']}")
-        if len(asked) > 1:
-            print("(what the teacher has yet to say is shown by a stand-in)")
     print("---")
     for row in found.bad_shown:
         print(f"bad row: {row}")

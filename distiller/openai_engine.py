@@ -47,6 +47,7 @@ LIST_SECONDS = 10.0  # how long a server gets to list its models
 TRIES = 3
 RETRIED = (408, 409, 429)  # by the client, as 5xx
 TINY = [{"role": "user", "content": "Say yes."}]
+TINY_TOKENS = 16
 TINY_RETRIES = 4  # a server that fails one request in five must not be taken for one that fails them all
 
 
@@ -201,9 +202,9 @@ class OpenAIEngine:
 
     async def _fate_of_a_tiny_ask(self, error: openai.APIError) -> bool | None:
         """None: it is answered. True: the server refuses it. False: the server fails. `error` befell another ask."""
-        # In full where the length may be what the server refuses (some refuse one token, too) or dies of.
-        short = self._answered and not _refused(error)
-        sampling = replace(self.sampling, max_tokens=1) if short else self.sampling
+        # In full while the length may be what the server refuses. Not one token after that: some refuse that, too.
+        length = min(self.sampling.max_tokens, TINY_TOKENS) if self._answered else self.sampling.max_tokens
+        sampling = replace(self.sampling, max_tokens=length)
         # By name: which of its HTTP libraries the client uses is its own affair.
         unreachable = type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout")
         try:

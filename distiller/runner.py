@@ -68,6 +68,13 @@ class ParseError(ValueError):
     """A reply cannot be parsed; the message says why. Raised by a stage's parser, asked again by `ask_until`."""
 
 
+def text_of(reply: Completion) -> str:
+    """The reply's text. Raises ParseError for one that max_tokens cut before there was an answer."""
+    if reply.finish_reason == "length" and not reply.text:
+        raise ParseError("max_tokens cut the reply, maybe inside its thinking: raise --max_tokens")
+    return reply.text
+
+
 Outcome = Done | Filtered | Failed
 RowWork = Generator[Ask, Completion | AskError, Outcome]
 Work = Callable[[dict], RowWork]

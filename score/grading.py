@@ -15,7 +15,7 @@ from distiller.arguments import StageArguments, flag
 from distiller.dry_run import Weighing
 from distiller.engine import Ask, AskError, Completion, EngineDead
 from distiller.records import InputError, read_rows
-from distiller.runner import Failed, ParseError, ask_until
+from distiller.runner import Failed, ParseError, ask_until, text_of
 from distiller.templates import PromptTemplate
 from score.conversation import (
     SCORE_TEXTS,
@@ -67,7 +67,7 @@ def ask_grades(
     return (
         yield from ask_until(
             messages,
-            lambda reply: _read(reply, tags),
+            lambda reply: parse_grades(text_of(reply), tags),
             seed=args.seed,
             row_id=row_id,
             number=number,
@@ -75,12 +75,6 @@ def ask_grades(
             follow_up=(lambda reply: _weigh(messages, reply, tags)) if args.score_mode == "expected" else None,
         )
     )
-
-
-def _read(reply: Completion, tags: Sequence[str]) -> tuple[float, ...]:
-    if reply.finish_reason == "length" and not reply.text:
-        raise ParseError("max_tokens cut the reply, maybe inside its thinking: raise --max_tokens")
-    return parse_grades(reply.text, tags)
 
 
 def _weigh(

@@ -78,7 +78,7 @@ def shown(body: dict) -> list[str]:
 
 def longest(body: dict) -> tuple[int, dict]:
     """A judge that prefers the longest response, wherever it stands."""
-    lengths = [len(text) for text in shown(body)]
+    lengths = [len(text) for text in shown(body)] or [0]  # or what the engine asks to see whether anybody is there
     letter = "ABCD"[lengths.index(max(lengths))] if lengths.count(max(lengths)) == 1 else "tie"
     return reply(f"So be it. <verdict>{letter}</verdict>")
 
@@ -201,6 +201,13 @@ def test_a_pointwise_judge_rates_each_response_once_and_its_scores_are_rescored_
         assert found["benchmarks"][name].items() >= summary.items()
     summary, _ = rescore("judgebench-gpt", house / "data", None, house / "out/verdicts.jsonl")
     assert found["benchmarks"]["judgebench-gpt"].items() >= summary.items()
+
+
+def test_a_reply_that_was_cut_and_may_be_thinking_says_what_to_raise(house, server):
+    server.script = lambda body: reply("Perhaps <verdict>A</verdict>, but", "length")
+    assert judge(house, server) == 1
+    failed = lines(house / "out/judgements.jsonl.failed.jsonl")
+    assert len(failed) == 12 and all("raise --max_tokens" in row["reason"] for row in failed)
 
 
 def test_scores_of_a_pair_are_kept_and_their_bias_is_told_in_points(house, server):

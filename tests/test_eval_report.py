@@ -158,7 +158,9 @@ def test_a_flag_that_a_comparison_would_ignore_is_refused(runs, tmp_path, monkey
     with pytest.raises(SystemExit, match=f"--compare .*no use for {flags[0].partition('=')[0]};"):
         main()
     assert not (tmp_path / "both").exists()
-    monkeypatch.setattr("sys.argv", [*both, "--num_processes", "2"])
+    config = tmp_path / "eval.yaml"  # made for evaluations; what it says of them is nobody's request here
+    config.write_text("model: m\nbenchmarks: rm-bench\nmax_length: 64\n")
+    monkeypatch.setattr("sys.argv", [*both, "--num_processes", "2", "--config", str(config)])
     main()
     assert (tmp_path / "both" / "results.md").exists()
 

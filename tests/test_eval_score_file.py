@@ -147,6 +147,10 @@ def test_no_response_beside_messages_is_passed_over():
         "chosen_reward": [[ask, answer]],
         "rejected_reward": [red],
     }
+    assert conversations({"messages": [ask, answer], "teacher_response": "red"}) == {
+        "reward": [[ask, answer]],
+        "teacher_response_reward": [red],
+    }
     for prompt in ({}, {"prompt": "q"}):
         with pytest.raises(InputError, match="`messages` and `response` both hold a response"):
             conversations({"messages": [ask, answer], "response": "red", **prompt})

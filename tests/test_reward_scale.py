@@ -13,6 +13,7 @@ from distiller.records import InputError
 from RewardTrainer.train import run_reward_train
 from RewardTrainer.train.checkpoint import RewardScale, normalized
 from RewardTrainer.train.losses import center_loss
+from RewardTrainer.train.trainer import DistilTrainer
 
 ONE_SGD_STEP = {"optim": "sgd", "max_steps": 1, "max_grad_norm": 0, "learning_rate": 1.0, "warmup_steps": 0}
 
@@ -100,6 +101,21 @@ def test_exported_config_has_the_mean_and_deviation_of_the_exported_model_s_rewa
     config, rewards = exported_rewards(tmp_path / "out", rows)
     assert config.reward_mean == pytest.approx(rewards.mean().item(), abs=1e-3)
     assert config.reward_std == pytest.approx(rewards.std(correction=0).item(), rel=1e-2)
+
+
+def test_a_run_that_begins_from_a_reward_model_does_not_pass_its_scale_on(model, tmp_path):
+    train(model, tmp_path / "first")
+    train(tmp_path / "first", tmp_path / "second", "--save_strategy", "steps", "--save_steps", "1")
+    configs = [path.read_text() for path in (tmp_path / "second").glob("checkpoint-*/config.json")]
+    assert configs and not any("reward_mean" in config for config in configs)
+    assert "reward_mean" in (tmp_path / "second/config.json").read_text()
+
+
+def test_model_is_on_disk_even_where_its_rewards_cannot_be_measured(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(DistilTrainer, "measure_rewards", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(model, tmp_path / "out")
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

@@ -145,6 +145,13 @@ def test_faults_of_single_asks_cost_their_rows_alone_and_are_told_apart(place, s
     # 6 answers, an empty one asked for three times, a filtered one: all were paid for.
     assert usage()["asks"] == ROWS and usage()["prompt_tokens"] == 5 * (6 + 3 + 1)
 
+    tiny = [body["max_tokens"] for body in server.bodies if "Say yes." in str(body)]
+    assert min(tiny) <= 16 < max(body["max_tokens"] for body in server.bodies)  # once the server has answered
+
+    failed = rows_of(".failed.jsonl")
+    server.script = lambda body: refusal(404, "no such model")
+    assert command(server, "--retry_failed") == 2
+    assert rows_of(".failed.jsonl") == failed
     server.script = lambda body: reply()
     assert command(server, "--retry_failed") == 0
     assert len(rows_of()) == ROWS and not rows_of(".failed.jsonl")

@@ -162,20 +162,28 @@ def test_ctrl_c_ends_every_process_with_its_own_exit_code(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_lock_of_a_build_that_was_killed_is_taken_away_and_a_live_one_stays(world, tmp_path):
-    for name in ("killed", "under_way"):
-        (tmp_path / "built" / name).mkdir(parents=True)
-        (tmp_path / "built" / name / "lock").touch()
-    with (tmp_path / "built/under_way/lock").open():
+@pytest.mark.parametrize(
+    ("flag", "code", "left"),
+    [("--help", 0, ["new", "under_way"]), ("--no_such_flag", 1, ["under_way"])],  # a run that failed may leave its own
+)
+def test_lock_of_a_build_that_was_killed_is_taken_away_and_a_live_one_stays(flag, code, left, tmp_path):
+    built = tmp_path / "bui[l]t"
+    locks = {name: built / name / "lock" for name in ("old", "new", "under_way")}
+    for name, lock in locks.items():
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+        if name != "new":
+            os.utime(lock, (time.time() - 3600,) * 2)
+    with locks["under_way"].open():
         done = subprocess.run(
-            ["bash", str(SCRIPTS / "train_distilrm.sh"), "--no_such_flag", "--output_dir", str(tmp_path)],
-            env=os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "built")},
+            ["bash", str(SCRIPTS / "train_distilrm.sh"), flag],
+            env=os.environ | {"TORCH_EXTENSIONS_DIR": str(built)},
             capture_output=True,
             text=True,
             check=False,
         )
-    assert done.returncode == 1 and "unknown argument --no_such_flag" in done.stderr
-    assert [path.parent.name for path in sorted((tmp_path / "built").glob("*/lock"))] == ["under_way"]
+    assert done.returncode == code, done.stderr[-2000:]
+    assert [path.parent.name for path in sorted(built.glob("*/lock"))] == left
 
 
 @pytest.mark.slow
@@ -354,12 +362,10 @@ def test_zero3_file_that_could_not_save_a_model_is_refused_before_training(world
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("./nothing-here", "no such directory"), ("output/student", "did you mean ../output/student?")],
+    [("./nothing-here", "no such directory"), ("examples/student", "did you mean ../examples/student?")],
 )
 def test_missing_model_directory_is_named(path, message, world, tmp_path, monkeypatch):
-    (tmp_path / "output/student").mkdir(parents=True)
-    (tmp_path / "RewardTrainer").mkdir()
-    monkeypatch.chdir(tmp_path / "RewardTrainer")
+    monkeypatch.chdir(SCRIPTS.parent)
     with pytest.raises(run_reward_train.InputError, match=re.escape(message)):
         run_reward_train.main([*flags(world, tmp_path / "out", batch_size=2), "--model_name_or_path", path])
 

@@ -33,7 +33,7 @@ from typing import Literal
 from distiller.cli import StageArguments, flag, parse_stage_args, run
 from distiller.engine import Completion
 from distiller.records import InputError
-from distiller.runner import Done, Failed, RowWork, Work, ask_until
+from distiller.runner import Done, Failed, RowWork, Work, ask_until, text_of
 from distiller.templates import load_prompt
 from RewardTrainer.eval.base import Benchmark, Item
 from RewardTrainer.eval.benchmarks import load_benchmarks
@@ -153,7 +153,7 @@ class Judging:
             messages = [{"role": "user", "content": render(template, form, item.prompt, shown)}]
 
             def parse(reply: Completion) -> dict:
-                return {**read(reply.text, len(shown)), "raw": reply.text}
+                return {**read(text_of(reply), len(shown)), "raw": reply.text}
 
             said = yield from ask_until(messages, parse, seed=args.seed, row_id=row["id"], max_tries=args.max_tries)
             return said if isinstance(said, Failed) else Done({**row, **said})

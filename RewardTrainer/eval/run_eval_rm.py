@@ -229,13 +229,7 @@ def _check_comparison(arguments: EvalArguments, argv: list[str]) -> None:
     """Raises InputError where a flag that a comparison would ignore is given."""
     known = {"compare", "data_dir", "output_dir", "num_processes"}  # the last is NUM_PROCESSES, for any command
     typed = {word.partition("=")[0] for word in argv}
-    ignored = [
-        f"--{name.name}"
-        for name in fields(arguments)
-        if name.init
-        and name.name not in known
-        and (f"--{name.name}" in typed or getattr(arguments, name.name) != name.default)
-    ]
+    ignored = [f"--{name.name}" for name in fields(arguments) if name.name not in known and f"--{name.name}" in typed]
     if ignored:
         raise InputError(
             f"--compare puts finished evaluations side by side as they are, and has no use for {', '.join(ignored)}; "

@@ -10,8 +10,8 @@ A row has a `prompt` (a string or chat messages) and responses, in any of these 
     chosen, rejected       -> chosen_reward, rejected_reward
     teacher_response       -> teacher_response_reward
 
-or is a whole conversation, `messages` ending with the assistant's turn -> reward. `messages` ending with the user's
-turn is the prompt of the responses beside it, where there is no `prompt`. Other fields pass through untouched,
+or is a whole conversation, `messages` ending with the assistant's turn -> reward. Where there is no `prompt`,
+`messages` up to the last user's turn are the prompt of the responses beside them. Other fields pass through untouched,
 a row without an `id` gets one, rows keep their order. Reads JSONL, a JSON array or a hub dataset; `--columns
 ours=theirs,...` renames. Writes JSONL, by default `<input>.rewarded.jsonl`.
 
@@ -109,18 +109,19 @@ def conversations(row: dict) -> dict[str, list[Conversation]]:
     """
     found: dict[str, list[Conversation]] = {}
     fields = [name for name in (*SINGLE, "responses") if row.get(name) is not None]
-    prompt_of = "prompt"
+    asked, prompt_of = row.get("prompt"), "prompt"
     if row.get("messages") is not None:
-        if fields and row.get("prompt") is None and _ends_with_user(row["messages"]):
-            prompt_of = "messages"  # what the responses beside it answer
+        if fields and asked is None and _ends_with_user(row["messages"]):
+            asked, prompt_of = row["messages"], "messages"  # what the responses beside it answer
         elif "response" in fields:
             raise InputError("fields `messages` and `response` both hold a response; leave one of them out")
         else:
             found["reward"] = [_whole(row["messages"])]
+            asked = found["reward"][0][:-1] if asked is None else asked
     elif not fields:
         raise InputError(f"no response: none of the fields {', '.join((*SINGLE, 'responses', 'messages'))}")
     try:
-        prompt = prompt_messages(row.get(prompt_of)) if fields else []
+        prompt = prompt_messages(asked) if fields else []
     except InputError as fault:
         raise InputError(f"field `{prompt_of}` {fault}") from fault
     for name in fields:

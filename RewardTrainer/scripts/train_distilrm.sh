@@ -40,14 +40,17 @@ if [[ -z "${TORCH_EXTENSIONS_DIR:-}" ]]; then
     export TORCH_EXTENSIONS_DIR="$environment/torch_extensions"
   fi
 fi
-if [[ -d "${TORCH_EXTENSIONS_DIR:-}" && -z "${HOSTFILE:-}" ]]; then
-  # A build that was killed leaves its lock, for which every later training would wait without a word. Who holds one has
-  # it open.
-  find "$TORCH_EXTENSIONS_DIR" -maxdepth 2 -name lock | while read -r lock; do
-    holders="$(find /proc/[0-9]*/fd -lname "$(realpath "$lock")" 2>/dev/null || true)"
-    [[ -n "$holders" ]] || rm -f "$lock"
-  done
-fi
+# A build that was killed leaves its lock, for which every later training would wait without a word. Who holds one has it
+# open. But another machine that shares the directory is not seen here, hence the minutes.
+remove_dead_locks() { # MINUTES of age at least
+  local held
+  [[ -d "${TORCH_EXTENSIONS_DIR:-}" ]] || return 0
+  held="$(find /proc/[0-9]*/fd -type l -printf '%l\n' 2>/dev/null || true)"
+  find "$TORCH_EXTENSIONS_DIR" -maxdepth 2 -name lock -mmin "+$1" 2>/dev/null | while read -r lock; do
+    grep -qxF "$(realpath "$lock")" <<<"$held" || rm -f "$lock" || true
+  done || true
+}
+remove_dead_locks 10
 if ((gpus == 0)) && [[ -n "${TORCH_EXTENSIONS_DIR:-}" && ! -f "$TORCH_EXTENSIONS_DIR/deepspeed_shm_comm/deepspeed_shm_comm.so" ]]; then
   echo "DeepSpeed compiles its extension for CPUs: once, about half a minute" >&2
 fi
@@ -108,7 +111,9 @@ launcher=$!
 stop() {
   if ((${#hosts[@]} > 1)); then
     local ranks="pgrep -d, -f '^[^ ]+ -u -m deepspeed[.]launcher[.]launch .* --node_rank=%n .* --master_port=$MASTER_PORT '"
-    PDSH_RCMD_TYPE=ssh pdsh -S -w "$(IFS=, && echo "${hosts[*]}")" "pkill -TERM -P \$($ranks)" || kill -TERM "$launcher"
+    local told
+    told="$(PDSH_RCMD_TYPE=ssh pdsh -w "$(IFS=, && echo "${hosts[*]}")" "pkill -TERM -P \$($ranks) && echo told" || true)"
+    [[ "$told" == *told* ]] || kill -TERM "$launcher" # no rank anywhere yet: nothing to save
   else
     python - "$launcher" <<'PYTHON' || kill -TERM "$launcher"
 import sys
@@ -131,6 +136,7 @@ while kill -0 "$launcher" 2>/dev/null; do
   code=0
   wait "$launcher" || code=$?
 done
+((code == 0)) || remove_dead_locks 0
 if ((gpus == 0)) && [[ -z "${HOSTFILE:-}" ]]; then
   rm -f /dev/shm/deepspeed_*_"$MASTER_PORT"_* # 66 MB a rank, which DeepSpeed leaves behind on a CPU
 fi

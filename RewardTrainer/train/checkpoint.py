@@ -254,6 +254,8 @@ def stock_model(student: RewardStudent, state: dict[str, torch.Tensor] | None = 
     config = copy.deepcopy(student.config)
     config.num_labels = 1
     config.problem_type = "regression"
+    for name in ("reward_mean", "reward_std"):  # those of the reward model that a student began as
+        config.__dict__.pop(name, None)
     with plain_loading(), torch.device("meta"):
         if student.head == "linear":
             model = stock_class(config)(config)

@@ -48,7 +48,8 @@ from RewardTrainer.train.vocabulary import match_vocabularies
 logger = logging.getLogger("RewardTrainer")
 
 STATISTICS_PAIRS = 256  # whose rewards' mean and deviation go to config.json: held-out ones, else trained ones
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "train"
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIGS = REPOSITORY / "RewardTrainer" / "configs" / "train"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -187,16 +188,17 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.end()  # a process group that is still there at exit may abort, with another exit code
         sys.exit(EXIT_CODE)
 
-    # How rewards lie, which the model says; then the model, then metrics: what a run is for first
+    # The model first, which nothing below may cost; again with how its rewards lie. (_internal_call: not pushed yet)
+    trainer.save_model(_internal_call=True)
     measured = (eval_pairs or train_pairs)[:STATISTICS_PAIRS]
     scale = trainer.measure_rewards(measured)
-    trainer.save_model(_internal_call=True)  # not pushed before the rest is there
+    trainer.save_model(_internal_call=True)
     trainer.save_state()
     metrics = {"train": result.metrics, "counts": {"train": dict(train_counts), "eval": dict(eval_counts)}}
     metrics["data"] = statistics
     # All metrics are in the scale of training; the export's may be another one.
     metrics["rewards"] = {**scale._asdict(), "pairs": len(measured), "held_out": bool(eval_pairs)}
-    metrics["rewards"]["normalized_in_export"] = args.normalize_rewards
+    metrics["rewards"]["normalized_in_export"] = args.normalize_rewards and scale.std > 0
     if eval_pairs:
         metrics["before"] = next((log for log in trainer.state.log_history if "eval_loss" in log), None)
         metrics["after"] = trainer.evaluate()
@@ -250,7 +252,7 @@ def check_path(flag: str, path: str | None) -> None:
     if path is None or Path(path).expanduser().is_dir():
         return
     above, missing = Path("..") / path, f"{flag} {path}: no such directory (current directory: {Path.cwd()})"
-    if above.is_dir():
+    if above.is_dir() and REPOSITORY in above.resolve().parents:
         raise InputError(f"{missing}; did you mean {above}?")
     if path.startswith((".", "/", "~")):
         raise InputError(missing)

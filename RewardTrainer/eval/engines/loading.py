@@ -25,6 +25,7 @@ from transformers import (
 
 from distiller.records import InputError
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -100,7 +101,7 @@ def _check_directory(name: str) -> None:
             raise InputError(f"{name}: the directory holds no config.json; {remedy}.")
         return
     above, missing = Path("..") / name, f"{name}: no such directory (current directory: {Path.cwd()})"
-    if above.is_dir():
+    if above.is_dir() and REPOSITORY in above.resolve().parents:
         raise InputError(f"{missing}; did you mean {above}?")
     if path.is_absolute() or name.startswith((".", "~")) or name.count(os.sep) > 1:
         raise InputError(f"{missing}. Train a reward model first (bash scripts/train_distilrm.sh), or give --model")
