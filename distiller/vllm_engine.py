@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
+import signal
 import threading
 from importlib import metadata
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from distiller.chat import OPEN, check_messages, split_thinking
@@ -202,6 +204,8 @@ class VLLMEngine:
             (rendered,) = self.llm.renderer.render_cmpl([{"prompt_token_ids": prompt}])
             self.llm.llm_engine.add_request(request, rendered, parameters)
         except (VLLMError, RuntimeError) as error:
+            if self._stepper:
+                self._stepper.name_the_dead(self.processes)
             raise EngineDead(f"vLLM took no more requests: {error}") from error
         self._keys[request] = (key, note)
 
@@ -319,13 +323,28 @@ class _Stepper:
                 self._check_alive(processes)
                 continue
             if error is not None:
+                self.name_the_dead(processes)
                 raise error
             return outputs
 
+    def name_the_dead(self, processes: list) -> None:
+        """Raises EngineDead where vLLM has failed because one of the processes died, of which it says less than we do.
+
+        It may see that before us: a dying process has closed its sentinel, but may have no exit code yet.
+        """
+        wait([process.sentinel for process in processes], timeout=WATCH_SECONDS)
+        self._check_alive(processes)
+
     def _check_alive(self, processes: list) -> None:
+        """Raises EngineDead where one of the processes, or the stepping thread, has ended."""
+        ready = wait([process.sentinel for process in processes], timeout=0)
+        for process in processes:
+            if process.sentinel in ready:
+                process.join(timeout=WATCH_SECONDS)
         if not self._thread.is_alive():
             raise EngineDead("vLLM's step failed, see the traceback above")
-        for process in processes:
+        # Of several the one that a signal killed, not those that vLLM ended because of it.
+        for process in sorted(processes, key=lambda process: process.exitcode in (None, 0, 1, -signal.SIGTERM)):
             if not process.is_alive():
                 raise EngineDead(
                     f"vLLM's process {process.name} ended with exit code {process.exitcode} "

@@ -1,7 +1,6 @@
 """`run_reward_train.py` as a rank of any launcher runs it; what this rank holds goes to <output_dir>/rank-N.json."""
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -46,4 +45,4 @@ def fsdp_on_a_cpu() -> None:
 if __name__ == "__main__":
     fsdp_on_a_cpu()
     run_reward_train.DistilTrainer = partial(DistilTrainer, callbacks=[Probe()])
-    run_reward_train.main(sys.argv[1:])
+    run_reward_train.program()

@@ -1,11 +1,13 @@
 """VLLMEngine on real vLLM with a tiny random model, in processes of their own (see vllm_driver.py)."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from processes import vllm_server
 from safetensors.numpy import save_file
 
 from distiller.engine import Ask, AskError, Completion, EngineDead, Sampling
+from distiller.vllm_engine import _Stepper
 from distiller.vllm_setup import CPU_ENVIRONMENT, check_weights, is_cpu_build, long_rope, prepare_cpu
 
 DRIVER = Path(__file__).with_name("vllm_driver.py")
@@ -43,6 +46,47 @@ def with_template(teacher: Path, directory: Path, template: str | None) -> str:
         else:
             path.write_text(template)
     return str(directory)
+
+
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("worker died"), None], ids=["vLLM says so first", "vLLM waits for ever"]
+)
+def test_a_process_that_was_killed_is_named_with_its_exit_code(fault):
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=time.sleep, args=(600,), name=name) for name in ("ended", "killed", "alive")]
+    for process in processes:
+        process.start()
+
+    def step():
+        processes[1].kill()
+        processes[1].join()
+        processes[0].terminate()  # as vLLM ends the others, where they do not end by themselves
+        processes[0].join()
+        if fault is None:
+            time.sleep(600)
+        raise fault
+
+    stepper = _Stepper(step)
+    try:
+        with pytest.raises(EngineDead, match="process killed ended with exit code -9"):
+            stepper.step(processes)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_an_engine_that_fails_with_its_processes_alive_says_what_vllm_said():
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    process.start()
+
+    def step():
+        raise RuntimeError("out of blocks")
+
+    try:
+        with pytest.raises(RuntimeError, match="out of blocks"):
+            _Stepper(step).step([process])
+    finally:
+        process.kill()
 
 
 def run_driver(jobs: list[dict], directory: Path) -> list[dict]:

@@ -13,12 +13,14 @@ Relative paths are relative to the current directory; the recipes expect RewardT
 scripts (DeepSpeed launcher) or torchrun, not `accelerate launch`, which drops DeepSpeed on a CPU without a word.
 """
 
+import atexit
 import json
 import logging
 import os
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate.utils import DistributedType
@@ -53,6 +55,10 @@ CONFIGS = REPOSITORY / "RewardTrainer" / "configs" / "train"
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Train as the arguments say (sys.argv's by default).
+
+    Raises InputError, and Interrupted for a run that was told to stop and has saved its checkpoint.
+    """
     model_args, data_args, args = parse(CONFIGS / "example.yaml", arguments)
     sources = [source.strip() for source in data_args.train_file.split(",")]
     for source in [*sources, *([data_args.eval_file] if data_args.eval_file else [])]:
@@ -185,8 +191,8 @@ def main(arguments: list[str] | None = None) -> None:
         result = trainer.train(resume_from_checkpoint=resume_from)
     except Interrupted as stopped:
         logger.warning("told to stop; to go on from %s: --resume_from_checkpoint last", stopped)
-        trainer.end()  # a process group that is still there at exit may abort, with another exit code
-        sys.exit(EXIT_CODE)
+        trainer.end()
+        raise
 
     # The model first, which nothing below may cost; again with how its rewards lie. (_internal_call: not pushed yet)
     trainer.save_model(_internal_call=True)
@@ -349,8 +355,26 @@ def check_launch(trainer: DistilTrainer) -> None:
     )
 
 
-if __name__ == "__main__":
+def program() -> NoReturn:
+    """`main` and the end of the process, with exit code 0, 1 (a fault that the user can mend; others keep their
+    traceback) or 143 (told to stop).
+
+    Not by way of the interpreter's own end: a thread that torch or DeepSpeed left running aborts the rank there now
+    and then ("terminate called without an active exception"), and the launcher takes a finished run for a failed one.
+    """
+    code = 0
     try:
         main()
-    except InputError as fault:  # what the user can mend; anything else keeps its traceback
-        sys.exit(f"error: {fault}")
+    except InputError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        code = 1
+    except Interrupted:
+        code = EXIT_CODE
+    atexit._run_exitfuncs()  # trackers upload their last lines there
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    program()
