@@ -288,7 +288,8 @@ def parse_stage_args(
         [*config_argv, *argv], return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        parser.error(f"unknown argument {' '.join(unknown)}")
+        near = difflib.get_close_matches(unknown[0].lstrip("-").partition("=")[0], lists, n=1)
+        parser.error(f"unknown argument {' '.join(unknown)}" + (f", did you mean --{near[0]}?" if near else ""))
     for name in lists:
         setattr(args, name, _expanded(getattr(args, name)))
     # <root>/<stage>/configs/example.yaml, <root>/distiller/arguments.py

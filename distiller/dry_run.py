@@ -128,6 +128,8 @@ def dry_run(
     print("---")
     for row in found.bad_shown:
         print(f"bad row: {row}")
+    if found.bad > len(found.bad_shown):
+        print(f"bad rows: {found.bad - len(found.bad_shown)} more")
     said = f"{found.good} usable, finished ones included; {found.bad} that cannot be used"
     print(f"rows: {found.good + found.bad} ({said})")
     if found.refused:

@@ -167,7 +167,8 @@ class Rows:
             remedy = "give it a value, or leave the row out"
         else:
             own = [self.columns.get(field, field) for field in row]  # as the file has them
-            remedy = f"the row has {_listed(own)}: rename one of them (--columns), or leave the row out"
+            rename = "rename one of them (--columns, where the command has it)"
+            remedy = f"the row has {_listed(own)}: {rename}, or leave the row out"
         return Unfit(f"field `{name}`{column} is {'null' if name in row else 'missing'}", remedy)
 
 

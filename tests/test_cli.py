@@ -253,12 +253,13 @@ def test_remote_code_is_announced(world, capsys):
 def test_dry_run_counts_rows_and_tokens_and_shows_two_prompts_and_writes_nothing(world, capsys):
     write_input(world, "a" * 40, "b" * 40, "c" * 40)
     with (world / "data" / "in.jsonl").open("a") as file:
-        file.write("{broken\n")
+        file.write("{broken\n" * 5)
     server = ("--base_url", "http://x/v1", "--model", "no/such-model", "--price_per_million", "1e6", "2e6")
     assert demo(world, "--dry_run", *server, "--max_tokens", "10") == 0
     said = capsys.readouterr().out
     assert "cost: at most 93 at" in said  # 33 x 1 + 30 x 2
-    assert "rows: 4 (3 usable, finished ones included; 1 that cannot be used)" in said
+    assert "rows: 8 (3 usable, finished ones included; 5 that cannot be used)" in said
+    assert said.count("bad row: ") == 3 and "bad rows: 2 more" in said
     assert "prompt tokens: 33, from 3 rows, at 4 characters a token" in said
     assert "completion tokens: at most 30" in said
     assert "say: " + "a" * 40 in said and "say: " + "b" * 40 in said and "c" * 40 not in said

@@ -121,11 +121,18 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_file_of_which_no_row_can_be_rewarded_fails_the_command(model, tmp_path):
+    source = write_jsonl(tmp_path / "columns.jsonl", [{"instruction": "q", "better": "a"}])
+    command = [sys.executable, "-m", "RewardTrainer.eval.score_file", "--model", str(model), "--input", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: no row could be rewarded")
+
+
 @pytest.mark.parametrize("command", ["score_file", "best_of_n"])
 def test_a_flag_that_is_not_there_ends_the_command_in_one_line(command):
     arguments = [sys.executable, "-m", f"RewardTrainer.eval.{command}", "--model", "m", "--imput", "i.jsonl"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 2 and "unknown argument --imput" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "did you mean --input?" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

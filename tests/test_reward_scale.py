@@ -112,10 +112,15 @@ def test_a_run_that_begins_from_a_reward_model_does_not_pass_its_scale_on(model,
 
 
 def test_model_is_on_disk_even_where_its_rewards_cannot_be_measured(model, tmp_path, monkeypatch):
+    train(model, tmp_path / "out", "--max_steps", "1")
+    earlier = (tmp_path / "out/model.safetensors").read_bytes()
     monkeypatch.setattr(DistilTrainer, "measure_rewards", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(model, tmp_path / "out")
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").read_bytes() != earlier
+    for report in ("metrics.json", "README.md", "curves.png"):  # they told of the earlier model
+        assert not (tmp_path / "out" / report).exists()
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

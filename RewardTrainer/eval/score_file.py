@@ -252,9 +252,11 @@ def default_output(source: str) -> str:
 def main() -> None:
     arguments = parse_stage_args(ScoreFileArguments, None, __doc__)
     try:
-        run(arguments)
+        counts = run(arguments)
     except InputError as fault:
         sys.exit(f"error: {fault}")
+    if not counts["written"]:
+        sys.exit("error: no row could be rewarded; do other columns hold its prompt and responses? (--columns)")
 
 
 if __name__ == "__main__":

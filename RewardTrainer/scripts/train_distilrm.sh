@@ -115,15 +115,17 @@ stop() {
     told="$(PDSH_RCMD_TYPE=ssh pdsh -w "$(IFS=, && echo "${hosts[*]}")" "pkill -TERM -P \$($ranks) && echo told" || true)"
     [[ "$told" == *told* ]] || kill -TERM "$launcher" # no rank anywhere yet: nothing to save
   else
-    python - "$launcher" <<'PYTHON' || kill -TERM "$launcher"
+    python - "$launcher" <<'PYTHON' || kill -TERM "$launcher" 2>/dev/null || true
+import contextlib
 import sys
 
 import psutil  # DeepSpeed's own dependency
 
-runner = psutil.Process(int(sys.argv[1]))
-ranks = [rank for node in runner.children() for rank in node.children()]
-for process in ranks or [*runner.children(), runner]:  # no rank yet: nothing to save
-    process.terminate()
+with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+    runner = psutil.Process(int(sys.argv[1]))
+    ranks = [rank for node in runner.children() for rank in node.children()]
+    for process in ranks or [*runner.children(), runner]:  # no rank yet: nothing to save
+        process.terminate()
 PYTHON
   fi
 }

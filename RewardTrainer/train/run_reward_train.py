@@ -50,6 +50,7 @@ from RewardTrainer.train.vocabulary import match_vocabularies
 logger = logging.getLogger("RewardTrainer")
 
 STATISTICS_PAIRS = 256  # whose rewards' mean and deviation go to config.json: held-out ones, else trained ones
+REPORTS = ("metrics.json", "README.md", "curves.png", "calibration.png")
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "RewardTrainer" / "configs" / "train"
 
@@ -194,6 +195,9 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.end()
         raise
 
+    if trainer.is_world_process_zero():
+        for name in REPORTS:  # an earlier run's, of another model
+            (Path(args.output_dir) / name).unlink(missing_ok=True)
     # The model first, which nothing below may cost; again with how its rewards lie. (_internal_call: not pushed yet)
     trainer.save_model(_internal_call=True)
     measured = (eval_pairs or train_pairs)[:STATISTICS_PAIRS]
@@ -306,7 +310,8 @@ def find_checkpoint(args: DistilConfig) -> str | None:
     last = last_checkpoint(args.output_dir)
     if wanted is None or wanted.lower() == "false":
         if last is not None:
-            logger.warning("starting anew beside %s; to go on from it: --resume_from_checkpoint last", last)
+            remedy = "to go on from it: --resume_from_checkpoint last"
+            logger.warning("starting anew beside %s, which new checkpoints will replace; %s", last, remedy)
         return None
     if last is None:
         logger.warning("%s has no complete checkpoint: starting from the beginning", args.output_dir)
