@@ -100,3 +100,28 @@ def open_page(browser, tmp_path):
     assert [url for url in requests_of(browser) if url != (tmp_path / "scored.html").as_uri()] == []
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch):
+    """FlexAttention as on a GPU, its backward pass included, but for the kernels: its graphs run as they are traced.
+
+    Torch refuses gradients on a CPU because nobody has written kernels for them; the graph has them.
+    """
+    from functools import partial
+
+    from torch.nn.attention import flex_attention
+
+    from RewardTrainer import packing
+
+    monkeypatch.setattr(packing, "FLEX_DEVICES", {"cpu"})
+    monkeypatch.setattr(packing, "compiled_flex_attention", partial(packing.compiled_flex_attention, "aot_eager"))
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda query, key, value: None)
+
+
+@pytest.fixture(params=["segments", "flex"])
+def kernel(request):
+    """Both ways in which packed rows attend, by the names that `packing.kernel_of` gives them."""
+    if request.param == "flex":
+        request.getfixturevalue("flex_on_cpu")
+    return request.param

@@ -1,71 +1,26 @@
-"""Rows without padding and with common beginnings once: the same hidden states, and refusals where not."""
+"""Rows without padding and with common beginnings once: the same hidden states and gradients, on every kernel."""
 
-import copy
 import random
 
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModel,
-    Cohere2Config,
-    FalconConfig,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    PhimoeConfig,
-    Qwen2Config,
-    Qwen2MoeConfig,
-    Qwen3Config,
-    Qwen3NextConfig,
+from packing_fixtures import MODELS, build
+from torch._dynamo.utils import counters
+
+from RewardTrainer import packing
+from RewardTrainer.packing import (
+    BLOCK,
+    MIN_SHARED,
+    flash_by_segment,
+    pack,
+    prefix_tree,
+    run_packed,
+    sdpa_by_segment,
+    serve_segments,
 )
-
+from RewardTrainer.packing_trial import distance, judge
 from RewardTrainer.train.batches import PairCollator, split_to
-from RewardTrainer.train.packing import MIN_SHARED, pack, prefix_tree, run_packed, serve_segments, why_not
-from RewardTrainer.train.student import choose_layout
-
-SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-MODELS = {
-    "qwen2": Qwen2Config(**SHAPE),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=8),
-    "llama": LlamaConfig(**SHAPE),
-    "gemma2": Gemma2Config(**SHAPE, head_dim=8, sliding_window=512),
-    # Windows that the prompts below outgrow: a branch must not see further back than in a row of its own.
-    "gemma2 window": Gemma2Config(**SHAPE, head_dim=8, sliding_window=7),
-    "qwen2 window": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
-    "mistral window": MistralConfig(**SHAPE, sliding_window=6),
-    "cohere2 window": Cohere2Config(**SHAPE, sliding_window=6),
-}
-
-
-# Wider than the rows a model is tried on: what goes wrong there must be seen otherwise.
-EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
-WIDE = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
-QWEN2_MOE = Qwen2MoeConfig(**SHAPE, **EXPERTS, **WIDE, shared_expert_intermediate_size=16)
-PHIMOE = PhimoeConfig(**SHAPE | {"bos_token_id": 1, "eos_token_id": 2}, num_local_experts=2, sliding_window=64)
-
-
-def build(config):
-    torch.manual_seed(0)
-    model = AutoModel.from_config(copy.deepcopy(config)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 def random_pairs(rng: random.Random, vocabulary: int = 97) -> list[list[np.ndarray]]:
@@ -80,6 +35,17 @@ def random_pairs(rng: random.Random, vocabulary: int = 97) -> list[list[np.ndarr
         rng.shuffle(rows)
         pairs.append([np.array(row, dtype=np.int32) for row in rows])
     return pairs
+
+
+def tree(pairs: list[list[np.ndarray]], places: list[list[np.ndarray]], window: int | None) -> np.ndarray:
+    """(N, N) bool, the mask by its definition: a token sees those before it in a row of its own, the window's last."""
+    count = 1 + max(int(place.max()) for where in places for place in where)
+    seen = np.zeros((count, count), dtype=bool)
+    for rows, where in zip(pairs, places, strict=True):
+        for _, place in zip(rows, where, strict=True):
+            for i, own in enumerate(place):
+                seen[own, place[max(0, i + 1 - (window or len(place))) : i + 1]] = True
+    return seen
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -122,9 +88,9 @@ def test_common_beginnings_are_there_once_and_none_of_a_useful_length_twice():
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "unshared"])
 @pytest.mark.parametrize("name", MODELS)
-def test_hidden_states_and_gradients_are_those_of_rows_alone(name, share):
+def test_hidden_states_and_gradients_are_those_of_rows_alone(name, share, kernel):
     model = build(MODELS[name])
-    assert why_not(model, runnable=True) is None
+    assert judge(model, runnable=True).note.startswith(f"{kernel} attention")
     rng = random.Random(2)
     prompt = [rng.randrange(97) for _ in range(25)]
     pairs = [
@@ -155,9 +121,73 @@ def test_hidden_states_and_gradients_are_those_of_rows_alone(name, share):
         )
 
 
+@pytest.mark.parametrize("window", [None, 5, 40, 300])
+@pytest.mark.parametrize("share", [True, False])
+def test_block_mask_is_the_tree_mask_and_leaves_out_no_block_with_a_token_in_it(share, window):
+    rng = random.Random(5)
+    for count in (1, 4, 12):
+        pairs = [pair for _ in range(count) for pair in random_pairs(rng)]
+        pairs.append(
+            [np.arange(230) % 97, np.concatenate([np.arange(200) % 97, np.arange(90)])]
+        )  # several blocks a piece
+        _, positions, segments, places = pack(pairs, share)
+        seen = tree(pairs, places, window)
+        blocks = segments.block_mask(window, torch.device("cpu"))
+        length = blocks.seq_lengths[0]
+        assert length % BLOCK == 0 and length >= max(len(seen), 2 * BLOCK)
+
+        tokens = torch.arange(length)
+        mask = blocks.mask_mod(None, None, tokens[:, None], tokens).numpy()
+        assert (mask[: len(seen), : len(seen)] == seen).all()
+        assert not mask[: len(seen), len(seen) :].any() and mask.any(1).all()  # the filling, which sees something
+
+        by_block = mask.reshape(length // BLOCK, BLOCK, length // BLOCK, BLOCK).swapaxes(1, 2)
+        for side, axes in (("kv", (0, 1)), ("q", (1, 0))):
+            listed = {}
+            for name in ("", "full_"):
+                numbers, places_of = (
+                    getattr(blocks, f"{name}{side}_{part}")[0, 0].tolist() for part in ("num_blocks", "indices")
+                )
+                listed[name] = {(i, j) for i, n in enumerate(numbers) for j in places_of[i][:n]}
+            assert not listed[""] & listed["full_"]
+            whole, some = (getattr(by_block, test)((2, 3)).transpose(axes) for test in ("all", "any"))
+            assert all(whole[place] for place in listed["full_"])
+            assert {tuple(place) for place in np.argwhere(some).tolist()} <= listed[""] | listed["full_"]
+            if window is None:  # exact, and no whole block pays for its mask but on the diagonal
+                assert {tuple(place) for place in np.argwhere(some).tolist()} == listed[""] | listed["full_"]
+                assert {tuple(place) for place in np.argwhere(whole).tolist()} == listed["full_"]
+
+
+@pytest.mark.usefixtures("flex_on_cpu")
+@pytest.mark.parametrize("name", ["qwen2", "qwen2 window"])
+def test_flex_attention_is_not_traced_anew_for_other_lengths_and_other_numbers_of_segments(name):
+    torch._dynamo.reset()
+    model = build(MODELS[name])
+    packing.serve_segments(model)
+    rng, graphs = random.Random(6), []
+    for count in (3, 1, 9, 2, 14, 5):
+        pairs = [pair for _ in range(count) for pair in random_pairs(rng)]
+        before = counters["stats"]["unique_graphs"]
+        run_packed(model, *pack(pairs, share=True)[:3]).sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+    assert graphs[0] and not any(graphs[1:]), graphs
+
+
+@pytest.mark.usefixtures("flex_on_cpu")
+def test_flex_attention_works_in_the_precision_of_autocast():
+    model = build(MODELS["qwen2"])
+    packing.serve_segments(model)
+    pairs = random_pairs(random.Random(7))
+    expected = run_packed(model, *pack(pairs, share=True)[:3])
+    with torch.autocast("cpu", torch.bfloat16):
+        lower = run_packed(model, *pack(pairs, share=True)[:3])
+    lower.sum().backward()
+    assert 1e-4 < distance(lower[0], expected[0]) < 3e-2
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def test_flash_attention_gets_the_keys_and_lengths_that_give_the_same_attention():
     """Its call is checked by its contract: a loop over `cu_seq_lens`, causal, aligned to the lower right."""
-    from RewardTrainer.train.packing import flash_by_segment, sdpa_by_segment
 
     def varlen(module, query, key, value, mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scaling):
         outputs = []
@@ -191,72 +221,6 @@ def test_attention_without_segments_is_untouched():
     serve_segments(model)
     assert torch.equal(model(input_ids=ids, attention_mask=mask).last_hidden_state, before)
     assert model.config._attn_implementation == "sdpa"
-
-
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (
-            Qwen3NextConfig(
-                **SHAPE, head_dim=8, linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8,
-                linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
-                shared_expert_intermediate_size=16, layer_types=["linear_attention", "full_attention"],
-            ),
-            "linear_attention",
-        ),
-        (QWEN2_MOE, "sliding windows that it writes into the mask alone"),
-        (PHIMOE, "sliding windows that it writes into the mask alone"),
-        (GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=97, attn_implementation="eager"), "eager cannot"),
-        (
-            FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2),
-            "attention interface",
-        ),
-    ],
-    ids=["linear layers", "windows in the mask", "windows without layer types", "eager", "own attention"],
-)  # fmt: skip
-def test_model_that_cannot_take_segments_is_padded_or_refused_with_the_reason(config, reason, caplog):
-    model = AutoModel.from_config(config)
-    with caplog.at_level("INFO"):
-        assert choose_layout("student", model, None) == "padded"
-    assert reason in caplog.text
-    with pytest.raises(ValueError, match=f"{reason}.*--layout padded"):
-        choose_layout("student", model, "shared_prefix")
-    assert choose_layout("student", model, "padded") == "padded"
-
-
-def test_model_whose_packed_rows_come_out_otherwise_is_refused():
-    model = build(MODELS["qwen2"])
-    assert why_not(model, runnable=True) is None
-    attention = model.layers[1].self_attn
-    forward = attention.forward
-    attention.forward = lambda hidden_states, **rest: forward(
-        hidden_states.cumsum(1), **rest
-    )  # looks beyond its own token
-    assert "other hidden states" in why_not(model, runnable=True)
-
-
-def test_model_whose_windows_are_in_the_mask_alone_is_served_where_it_has_none():
-    config = Qwen2MoeConfig(**SHAPE, **EXPERTS, shared_expert_intermediate_size=16)
-    assert choose_layout("student", build(config), None) == "shared_prefix"
-
-
-def test_windows_that_attention_is_not_told_are_an_error_where_the_model_could_not_be_tried():
-    model = build(QWEN2_MOE)
-    assert why_not(model, runnable=False) is None  # ZeRO-3 holds its weights in parts
-    ids, positions, segments, _ = pack([[np.arange(1, 9)]], share=True)
-    with pytest.raises(RuntimeError, match="sliding windows.*--layout padded"):
-        run_packed(model, ids, positions, segments)
-
-
-def test_forward_whose_attention_never_saw_the_segments_is_an_error():
-    model = build(MODELS["qwen2"])
-    assert why_not(model, runnable=True) is None
-    forward = model.layers[0].self_attn.forward
-    for layer in model.layers:
-        layer.self_attn.forward = lambda segments=None, **rest: forward(**rest)
-    ids, positions, segments, _ = pack([[np.arange(1, 9)]], share=True)
-    with pytest.raises(RuntimeError, match="--layout padded"):
-        run_packed(model, ids, positions, segments)
 
 
 # ---------------------------------------------------------------- micro-batches by token budget

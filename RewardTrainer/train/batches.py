@@ -21,8 +21,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from RewardTrainer.packing import pack, packed_length
 from RewardTrainer.train.cached_teacher import CachedTeacher
-from RewardTrainer.train.packing import pack, packed_length
 from RewardTrainer.train.rows import NUMBERS
 
 Layout = Literal["shared_prefix", "padding_free", "padded"]

@@ -27,9 +27,10 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils.generic import is_flash_attention_requested
 
 from distiller.records import InputError
+from RewardTrainer.packing import Segments, run_packed
+from RewardTrainer.packing_trial import judge
 from RewardTrainer.train.batches import Layout
 from RewardTrainer.train.generative import GenerativeTerms, TeacherSignal, generative_losses
-from RewardTrainer.train.packing import Segments, run_packed, why_not
 
 logger = logging.getLogger(__name__)
 
@@ -194,18 +195,22 @@ def runnable(backbone: PreTrainedModel) -> bool:
 
 
 def choose_layout(name: str, backbone: PreTrainedModel, wanted: Layout | None) -> Layout:
-    """`--layout`, or the best one that this model allows; `name` is for what is said about it.
+    """`--layout`, or the best one that this model allows, with the reason logged; `name` is for what is said about it.
 
-    Raises InputError with the reason where a wanted layout cannot be served.
+    The model must be where it is to run: what attention there does is tried. Raises InputError with the reason where a
+    wanted layout cannot be served.
     """
     if wanted == "padded":
+        logger.info("%s: rows are padded, as asked", name)
         return wanted
-    reason = why_not(backbone, runnable(backbone))
-    if reason is None:
-        return wanted or "shared_prefix"
+    verdict = judge(backbone, runnable(backbone))
+    if verdict.reason is None:
+        layout = wanted or "shared_prefix"
+        logger.info("%s: layout %s, %s", name, layout, verdict.note)
+        return layout
     if wanted is not None:
-        raise InputError(f"--layout {wanted}: the {name} cannot be run so: {reason}; use --layout padded")
-    logger.info("%s: rows are padded, because %s", name, reason)
+        raise InputError(f"--layout {wanted}: the {name} cannot be run so: {verdict.reason}; use --layout padded")
+    logger.info("%s: rows are padded, because %s", name, verdict.reason)
     return "padded"
 
 

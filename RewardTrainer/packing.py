@@ -7,34 +7,41 @@ on like it. `prefix_tree` cuts rows into segments so that a common beginning is 
           |                                    `--- rest of rejected
           `---- the teacher's answer
 
-A packed batch is all segments of all pairs, one after the other, (1, N). Position ids count from a row's beginning;
-every layer but attention looks at single tokens; and in attention a segment's queries see the keys of its ancestors
-and their own, in this order, exactly as in a row of their own. So a sliding window is right too: nothing lies between.
+A packed batch is all segments of all pairs, one after the other, (1, N), each followed by its descendants. Position
+ids count from a row's beginning; every layer but attention looks at single tokens; and in attention a segment's
+queries see the keys of its ancestors and their own, in this order, exactly as in a row of their own.
 
 Attention over segments (`Segments`) stands in for the model's own function in transformers' attention interface while
 a forward carries `segments`, and for nothing else:
 
-    sdpa      one call a segment: causal where it has no ancestor, a mask aligned to the lower right where it has
+    flex      on a GPU: FlexAttention, one kernel a layer however many segments there are, compiled once for all
+              lengths. A segment's descendants stand right behind it, so that one number a key says who sees it:
+              k <= q < until[k]. A sliding window is a condition on positions beside it.
+    segments  on a CPU: one call of the model's own function a segment, causal where it has no ancestor, a mask aligned
+              to the lower right where it has. FlexAttention has no backward pass there.
     flash     one varlen call; with unequal lengths its causal mask is aligned to the lower right already
 
-Why not one row a pair under a tree-shaped mask: it computes the whole square of the row, branches that do not see each
-other included. `why_not` says which models must be left to padded rows.
+Which of them is right for a model is seen on trial (`packing_trial.py`), never assumed.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 # A shared piece of fewer tokens costs more in attention calls than it saves.
 MIN_SHARED = 8
-SERVED_LAYERS = {"full_attention", "sliding_attention"}
+# Side of the squares that FlexAttention takes or leaves as a whole.
+BLOCK = 128
+FLEX_DEVICES = {"cuda"}
 
 
 @dataclass(frozen=True)
@@ -98,15 +105,17 @@ class Segments:
 
     lengths: of the segments, in their order; their sum is N.
     paths: for each segment the indices of the segments whose keys it sees: its ancestors from the root, then itself.
+    positions: (N,) int, each token's place in its row.
     calls: attention calls so far; 0 after a forward means that the model's attention never asked.
     windows: those that were told a sliding window.
 
     No dataclass: FSDP copies one on its way to every layer, and calls would be counted in the copies.
     """
 
-    def __init__(self, lengths: tuple[int, ...], paths: tuple[tuple[int, ...], ...]):
+    def __init__(self, lengths: tuple[int, ...], paths: tuple[tuple[int, ...], ...], positions: np.ndarray):
         self.lengths = lengths
         self.paths = paths
+        self.positions = positions
         self.calls = self.windows = 0
         self._cache: dict = {}  # masks and index tensors: the same in every layer
 
@@ -128,13 +137,115 @@ class Segments:
             keys = [np.concatenate([np.arange(ends[i], ends[i + 1]) for i in path]) for path in self.paths]
             lengths = [len(own) for own in keys]
             self._cache["varlen"] = {
-                "keys": torch.from_numpy(np.concatenate(keys)).to(device),
-                "cu_seq_lens_q": torch.tensor(ends, dtype=torch.int32, device=device),
-                "cu_seq_lens_k": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
+                "keys": to_device(torch.from_numpy(np.concatenate(keys)), device),
+                "cu_seq_lens_q": to_device(torch.tensor(ends, dtype=torch.int32), device),
+                "cu_seq_lens_k": to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device),
                 "max_length_q": max(self.lengths),
                 "max_length_k": max(lengths),
             }
         return self._cache["varlen"]
+
+    def until(self) -> np.ndarray:
+        """(N,) int32: key k is seen by the queries k <= q < until[k], which are its segment's and its descendants'."""
+        ends = list(accumulate(self.lengths))
+        last = ends.copy()  # of each segment's descendants, which stand behind it
+        for own in reversed(range(len(ends))):
+            for ancestor in self.paths[own][:-1]:
+                last[ancestor] = max(last[ancestor], ends[own])
+        return np.repeat(np.array(last, dtype=np.int32), self.lengths)
+
+    def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
+        """FlexAttention's mask of the tokens and of the filling behind them, which sees itself."""
+        key = ("blocks", window)
+        if key not in self._cache:
+            length = filled(len(self.positions))
+            fill = length - len(self.positions)
+            until = np.pad(self.until(), (0, fill), constant_values=length)
+            positions = np.pad(self.positions.astype(np.int32), (0, fill))
+            tables = [
+                _of_any_length(table, device)
+                for dense in block_tables(until, positions, window)
+                for side in (dense, dense.T)  # by queries, and by keys for the backward pass
+                for table in _listed(side)
+            ]
+            names = ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices")
+            self._cache[key] = BlockMask(
+                seq_lengths=(length, length),
+                **dict(zip((*names, *(f"full_{name}" for name in names)), tables, strict=True)),
+                BLOCK_SIZE=(BLOCK, BLOCK),
+                mask_mod=tree_mask(_of_any_length(until, device), _of_any_length(positions, device), window),
+            )
+        return self._cache[key]
+
+
+def filled(length: int) -> int:
+    """Up to how many tokens FlexAttention's are filled: whole blocks, two at least. Others would be kernels of their own."""
+    return BLOCK * max(2, -(-length // BLOCK))
+
+
+def tree_mask(until: torch.Tensor, positions: torch.Tensor, window: int | None) -> Callable:
+    """FlexAttention's `mask_mod`: whether query q sees key k; until, positions (N,) of `Segments`."""
+
+    def seen(batch, head, q, k):
+        return (k <= q) & (q < until[k])
+
+    def seen_through_a_window(batch, head, q, k):
+        return (k <= q) & (q < until[k]) & (positions[q] - positions[k] < window)
+
+    return seen if window is None else seen_through_a_window
+
+
+def block_tables(until: np.ndarray, positions: np.ndarray, window: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """(blocks of queries, blocks of keys) bool, twice: where some queries see some keys, and where all see all.
+
+    until, positions: (N,), N whole blocks. What `create_block_mask` finds by way of all N x N pairs. With a window a
+    block in which nothing is seen may be taken for one where something is, which costs time and changes nothing.
+    """
+    blocks = np.arange(len(until) // BLOCK)
+    until, positions = (values.reshape(-1, BLOCK) for values in (until, positions))
+    first, last = blocks * BLOCK, (blocks + 1) * BLOCK - 1  # queries of a block
+    behind = blocks[:, None] > blocks
+    some = behind & (until.max(1) > first[:, None])
+    full = behind & (until.min(1) > last[:, None])
+    if window is not None:
+        some &= positions.min(1)[:, None] - positions.max(1) < window
+        full &= positions.max(1)[:, None] - positions.min(1) < window
+    np.fill_diagonal(some, True)
+    return some & ~full, full
+
+
+def _listed(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A table as FlexAttention takes it: for each row the number of true places, (1, 1, rows) int32, and the places,
+    true ones first, (1, 1, rows, columns) int32."""
+    order = np.argsort(~dense, axis=1, kind="stable").astype(np.int32)
+    return dense.sum(1, dtype=np.int32)[None, None], order[None, None]
+
+
+def _of_any_length(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """There, and marked as of any size: what hangs on a mask is otherwise taken for fixed until it is seen to change."""
+    tensor = to_device(torch.from_numpy(values), device)
+    for dim, size in enumerate(values.shape):
+        if size > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    return tensor
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy there that the host does not wait for: from pageable memory it would wait for all that is under way."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def kernel_of(config, device: torch.device) -> str | None:
+    """flex, segments or flash (see the module docstring); None where the model's implementation is none of ours."""
+    if is_flash_attention_requested(config):
+        return "flash"
+    name = config._attn_implementation
+    if device.type in FLEX_DEVICES:
+        return "flex" if name in ("sdpa", "flex_attention") else None
+    return "segments" if name == "sdpa" else None
 
 
 def serve_segments(backbone: PreTrainedModel) -> None:
@@ -142,24 +253,52 @@ def serve_segments(backbone: PreTrainedModel) -> None:
     name = backbone.config._attn_implementation
     stock = ALL_ATTENTION_FUNCTIONS[name]
     if not (isinstance(stock, partial) and stock.func is segment_attention):
-        flash = is_flash_attention_requested(backbone.config)
-        AttentionInterface.register(
-            name, partial(segment_attention, stock, flash_by_segment if flash else sdpa_by_segment)
-        )
+        AttentionInterface.register(name, partial(segment_attention, stock))
 
 
 def segment_attention(
-    stock: Callable, by_segment: Callable, module, query, key, value, attention_mask, segments=None, **options
+    stock: Callable, module, query, key, value, attention_mask, segments=None, **options
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """An attention function of transformers' interface: query, key, value (B, heads, L, d) -> (B, L, heads, d).
 
-    stock: the function it stands in for; by_segment: what is called where there are segments.
+    stock: the function it stands in for.
     """
     if segments is None:
         return stock(module, query, key, value, attention_mask, **options)
     segments.calls += 1
     segments.windows += options.get("sliding_window") is not None
-    return by_segment(stock, module, query, key, value, segments, **options)
+    by_segment = {"flex": flex_by_segment, "segments": sdpa_by_segment, "flash": flash_by_segment}
+    return by_segment[kernel_of(module.config, query.device)](stock, module, query, key, value, segments, **options)
+
+
+@cache
+def compiled_flex_attention(backend: str = "inductor") -> Callable:
+    """FlexAttention for all lengths at once.
+
+    `fullgraph`: past dynamo's limit of variants it would go on uncompiled, with all N x N scores in memory. Their
+    number is that of models, precisions, windows and modes of a process, and may well be over the usual 8.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=backend)
+
+
+def flex_by_segment(
+    stock: Callable, module, query, key, value, segments, scaling=None, sliding_window=None, dropout=0.0, **options
+):
+    """All segments in one call of FlexAttention; the queries are whole blocks (`run_packed` fills them up)."""
+    if dropout:
+        raise RuntimeError("FlexAttention has no attention dropout")
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave queries and keys in fp32
+        query, key, value = (part.to(torch.get_autocast_dtype(query.device.type)) for part in (query, key, value))
+    output = compiled_flex_attention()(
+        query,
+        key,
+        value,
+        block_mask=segments.block_mask(sliding_window, query.device),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2), None
 
 
 def sdpa_by_segment(stock: Callable, module, query, key, value, segments, sliding_window=None, **options):
@@ -186,18 +325,21 @@ def run_packed(
     backbone: torch.nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor, segments: Segments
 ) -> torch.Tensor:
     """input_ids, position_ids (1, N) -> last hidden states (1, N, H)."""
+    length = input_ids.shape[1]
+    if kernel_of(backbone.config, input_ids.device) == "flex":
+        input_ids, position_ids = (F.pad(ids, (0, filled(length) - length)) for ids in (input_ids, position_ids))
     # A four-dimensional mask is one that transformers takes as it is: no (N, N) mask is built. Nobody reads it.
     unread = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
     hidden = backbone(
         input_ids=input_ids, position_ids=position_ids, attention_mask=unread, use_cache=False, segments=segments
     ).last_hidden_state
-    fault = _misread(backbone, segments)
+    fault = misread(backbone, segments)
     if fault is not None:
-        raise RuntimeError(f"{fault}; train it with --layout padded")
-    return hidden
+        raise RuntimeError(f"{fault}; take --layout padded")
+    return hidden[:, :length]
 
 
-def _misread(backbone: torch.nn.Module, segments: Segments) -> str | None:
+def misread(backbone: torch.nn.Module, segments: Segments) -> str | None:
     """What was wrong with the attention calls of a forward that has just ended; None where nothing was."""
     config, name = backbone.config, type(backbone).__name__
     if not segments.calls:
@@ -207,6 +349,9 @@ def _misread(backbone: torch.nn.Module, segments: Segments) -> str | None:
     if segments.windows < (types.count("sliding_attention") if types else some):
         return f"{name} has sliding windows that it writes into the mask alone, which packed rows do not have"
     return None
+
+
+# ---------------------------------------------------------------- rows to tensors
 
 
 def pack(
@@ -236,55 +381,9 @@ def pack(
                 where.append(np.concatenate([where[piece.parent], own]))
         places.append([where[i] for i in last])
     ids, position_ids = (torch.from_numpy(np.concatenate(parts)).long()[None] for parts in (tokens, positions))
-    return ids, position_ids, Segments(tuple(lengths), tuple(paths)), places
+    return ids, position_ids, Segments(tuple(lengths), tuple(paths), np.concatenate(positions)), places
 
 
 def packed_length(rows: Sequence[np.ndarray], share: bool) -> int:
     """Tokens that `pack` makes of one pair."""
     return sum(piece.stop - piece.start for piece in prefix_tree(rows, share)[0])
-
-
-def why_not(backbone: PreTrainedModel, runnable: bool) -> str | None:
-    """Why this model cannot take packed batches; None where it can.
-
-    runnable: whether the model can be called now (weights whole, device right). It is then tried on rows that share
-    prefixes, against its own padded forward.
-    """
-    config, name = backbone.config, type(backbone).__name__
-    implementation = config._attn_implementation
-    other = sorted(set(getattr(config, "layer_types", None) or ()) - SERVED_LAYERS)
-    if other:
-        return f"{name} has layers of type {', '.join(other)}, which would run on across rows"
-    if backbone._is_stateful or not backbone._supports_attention_backend:
-        return f"{name} does not compute attention through transformers' attention interface alone"
-    if implementation != "sdpa" and not is_flash_attention_requested(config):
-        return f"--attn_implementation {implementation} cannot; sdpa and flash attention can"
-    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None):
-        return f"{name} does not attend causally"
-    serve_segments(backbone)
-    return _trial(backbone) if runnable else None
-
-
-@torch.no_grad()
-def _trial(backbone: PreTrainedModel) -> str | None:
-    """Rows with common prefixes, packed, against the model's own padded forward: what is wrong, or None."""
-    first = backbone.config.get_text_config().vocab_size // 2
-    prompt, answer = first + np.arange(MIN_SHARED + 1), first - 1 - np.arange(MIN_SHARED + 2)
-    rows = [np.concatenate([prompt, answer[:cut]]) for cut in (3, 1)] + [np.concatenate([prompt, answer[::-1]])]
-    rows.append(np.concatenate([prompt, answer]))
-    device, training = backbone.device, backbone.training
-    other = f"{type(backbone).__name__} gives other hidden states on packed rows than on padded ones"
-    ids, position_ids, segments, places = pack([rows], share=True)
-    backbone.eval()
-    try:
-        packed = run_packed(backbone, ids.to(device), position_ids.to(device), segments)[0]
-        for row, place in zip(rows, places[0], strict=True):
-            alone = backbone(input_ids=torch.from_numpy(row)[None].to(device), use_cache=False).last_hidden_state[0]
-            tolerance = 1e-2 * alone.abs().max().item()
-            if not torch.allclose(packed[torch.from_numpy(place).to(device)], alone, rtol=1e-2, atol=tolerance):
-                return other
-    except (RuntimeError, TypeError):  # it knows no `segments`, or did not use them as it must
-        return _misread(backbone, segments) or other
-    finally:
-        backbone.train(training)
-    return None
