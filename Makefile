@@ -1,6 +1,7 @@
 # make demo      environment, then the four commands of the README on the embedded example
 # make test      environment, lint, the quick tests
 # make test-all  the same and the slow tests: servers, kills, several ranks, a browser
+# make test-gpu  the tests that need a GPU, on one
 # make env       the environment alone, in .venv; make clean removes it
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ REQUIREMENTS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo requiremen
 # A package index that has torch's CPU build (see README, "Install"); only for machines without a GPU.
 TORCH_INDEX ?=
 
-.PHONY: env demo test test-all lint clean
+.PHONY: env demo test test-all test-gpu lint clean
 
 env: $(VENV)/.$(REQUIREMENTS).done
 
@@ -39,6 +40,9 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest
+
+test-gpu: env
+	$(BIN)/python -m pytest -m cuda
 
 # The environment alone: what you trained and what a teacher was paid for is not to be made again in minutes.
 clean:

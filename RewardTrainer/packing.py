@@ -179,7 +179,7 @@ class Segments:
 
 
 def filled(length: int) -> int:
-    """Up to how many tokens FlexAttention's are filled: whole blocks, two at least. Others would be kernels of their own."""
+    """How many tokens FlexAttention gets for so many: whole blocks, two at least. Others would be further kernels."""
     return BLOCK * max(2, -(-length // BLOCK))
 
 
@@ -222,7 +222,7 @@ def _listed(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _of_any_length(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """There, and marked as of any size: what hangs on a mask is otherwise taken for fixed until it is seen to change."""
+    """There, and marked as of any size: what a mask holds is otherwise taken for fixed until it is seen to change."""
     tensor = to_device(torch.from_numpy(values), device)
     for dim, size in enumerate(values.shape):
         if size > 1:

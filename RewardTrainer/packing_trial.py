@@ -37,13 +37,16 @@ class Verdict:
     note: str = ""
 
 
-def judge(backbone: PreTrainedModel, runnable: bool) -> Verdict:
+def judge(backbone: PreTrainedModel, runnable: bool, device: torch.device | None = None) -> Verdict:
     """Whether this model can take packed batches, and how.
 
-    runnable: whether the model can be called now (weights whole, on the device where it is to run). It is then tried.
+    runnable: whether the model can be called now, weights whole. It is then tried, under autocast where the caller is.
+    device: where it is to run; None: where it is. Elsewhere it is not tried.
     """
     config, name = backbone.config, type(backbone).__name__
-    kernel = kernel_of(config, backbone.device)
+    device = device or backbone.device
+    runnable = runnable and device.type == backbone.device.type
+    kernel = kernel_of(config, device)
     other = sorted(set(getattr(config, "layer_types", None) or ()) - SERVED_LAYERS)
     if other:
         return Verdict(f"{name} has layers of type {', '.join(other)}, which would run on across rows")
@@ -59,7 +62,7 @@ def judge(backbone: PreTrainedModel, runnable: bool) -> Verdict:
         )
     serve_segments(backbone)
     if not runnable:
-        return Verdict(None, f"{kernel} attention, untried: its weights are in parts")
+        return Verdict(None, f"{kernel} attention, not tried: the weights are in parts, or elsewhere")
     training = backbone.training
     backbone.eval()
     try:

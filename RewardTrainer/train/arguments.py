@@ -167,6 +167,13 @@ class DistilConfig(TrainingArguments):
     chunk_size: int = field(
         default=256, metadata={"help": "Response tokens whose logits exist at once; less needs less memory."}
     )
+    use_liger_kernel: bool | None = field(
+        default=None,
+        metadata={
+            "help": "liger-kernel's fused norms, MLPs and rotary embeddings, in student and teacher. None: on a GPU, "
+            "where it is installed and knows the model."
+        },
+    )
     save_lm: bool = field(
         default=False, metadata={"help": "Also write the student's language model, to <output_dir>/lm."}
     )

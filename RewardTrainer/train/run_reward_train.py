@@ -25,12 +25,12 @@ from typing import NoReturn
 import torch
 from accelerate.utils import DistributedType
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
-from transformers.integrations.liger import apply_liger_kernel
-from transformers.utils import is_liger_kernel_available
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from distiller.records import InputError, dump_line, parse_columns
+from RewardTrainer.kernels import use_fused_kernels
 from RewardTrainer.train.arguments import DTYPES, DistilConfig, ModelArguments, parse
-from RewardTrainer.train.batches import PairCollator
+from RewardTrainer.train.batches import Layout, PairCollator
 from RewardTrainer.train.cached_teacher import make_command, open_cache
 from RewardTrainer.train.cached_teacher import teacher_tokenizer as load_teacher_tokenizer
 from RewardTrainer.train.checkpoint import load_student, load_tokenizer
@@ -43,7 +43,7 @@ from RewardTrainer.train.model_card import write_card
 from RewardTrainer.train.plots import calibration, draw_calibration, draw_curves
 from RewardTrainer.train.quantization import check_4bit
 from RewardTrainer.train.rows import check_file
-from RewardTrainer.train.student import LiveTeacher, choose_layout
+from RewardTrainer.train.student import LiveTeacher, choose_layout, runnable
 from RewardTrainer.train.trainer import HELD_OUT_FILE, DistilTrainer, generative_field, last_checkpoint
 from RewardTrainer.train.vocabulary import match_vocabularies
 
@@ -145,6 +145,8 @@ def main(arguments: list[str] | None = None) -> None:
         **student_source,
         **load_args,
     )
+    if args.device.type == "cuda" and not (args.fsdp or model_args.load_in_4bit or is_deepspeed_zero3_enabled()):
+        student.to(args.device)  # where it is tried below
     if args.save_lm and student.language_head is None:
         raise InputError("--save_lm: this student started from a reward model and has no LM head")
     if model_args.use_peft:
@@ -156,12 +158,11 @@ def main(arguments: list[str] | None = None) -> None:
             model_args.teacher_model, args.device, dtype=DTYPES[model_args.teacher_dtype], **code, **load_args
         )
 
-    layout = choose_layout("student", student.backbone, args.layout)
-    teacher_layout = "padded"
-    if isinstance(teacher, LiveTeacher):
-        teacher_layout = choose_layout("teacher", teacher.backbone, args.layout)
-    if args.use_liger_kernel:
-        use_liger(student.backbone, args)
+    layout = prepare("student", student.backbone, args)
+    teacher_layout = prepare("teacher", teacher.backbone, args) if isinstance(teacher, LiveTeacher) else "padded"
+    args.use_liger_kernel = (
+        False  # done; the Trainer would look for a `PreTrainedModel` and find the student around one
+    )
 
     # Training
     settings = run_settings(model_args, args, train_pairs, eval_pairs)
@@ -275,16 +276,14 @@ def vocabulary_size(path: str, **load_args) -> int:
     return AutoConfig.from_pretrained(path, **load_args).get_text_config().vocab_size
 
 
-def use_liger(backbone: PreTrainedModel, args: DistilConfig) -> None:
-    """`--use_liger_kernel`: Liger's norms, MLPs and rotary embeddings in the student; its losses have no place here.
-
-    The Trainer would look for them in a `PreTrainedModel`, find the student around one, and apply none.
-    """
-    if args.device.type == "cpu" or not is_liger_kernel_available():
-        raise InputError("--use_liger_kernel: needs a GPU, and liger-kernel installed; train without it")
-    own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-    apply_liger_kernel(backbone, (args.liger_kernel_config or {}) | own)
-    args.use_liger_kernel = False
+def prepare(name: str, backbone: PreTrainedModel, args: DistilConfig) -> Layout:
+    """Layers and layout that a model trains with, each tried in the precision of training, and said in the log."""
+    whole = runnable(backbone) and backbone.device.type == args.device.type
+    dtype = torch.bfloat16 if args.bf16 else torch.float16
+    with torch.autocast(args.device.type, dtype, enabled=(args.bf16 or args.fp16) and whole):
+        layers = use_fused_kernels(backbone, args.device, args.use_liger_kernel, args.liger_kernel_config, whole)
+        logger.info("%s: %s", name, layers)
+        return choose_layout(name, backbone, args.layout, args.device)
 
 
 def describe(pairs: list[PairFeatures], counts: Counter) -> str:

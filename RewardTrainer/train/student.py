@@ -194,16 +194,18 @@ def runnable(backbone: PreTrainedModel) -> bool:
     return not flash and not hf_deepspeed.is_deepspeed_zero3_enabled()
 
 
-def choose_layout(name: str, backbone: PreTrainedModel, wanted: Layout | None) -> Layout:
+def choose_layout(
+    name: str, backbone: PreTrainedModel, wanted: Layout | None, device: torch.device | None = None
+) -> Layout:
     """`--layout`, or the best one that this model allows, with the reason logged; `name` is for what is said about it.
 
-    The model must be where it is to run: what attention there does is tried. Raises InputError with the reason where a
-    wanted layout cannot be served.
+    device: where the model is to run, None where it is; only there can it be tried. Raises InputError with the reason
+    where a wanted layout cannot be served.
     """
     if wanted == "padded":
         logger.info("%s: rows are padded, as asked", name)
         return wanted
-    verdict = judge(backbone, runnable(backbone))
+    verdict = judge(backbone, runnable(backbone), device)
     if verdict.reason is None:
         layout = wanted or "shared_prefix"
         logger.info("%s: layout %s, %s", name, layout, verdict.note)
