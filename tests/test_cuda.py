@@ -19,7 +19,7 @@ from train_fixtures import make_trainer, pair_rows, tiny_model, write_rows
 from transformers import Qwen2Config, Qwen2Model
 from transformers.utils import is_liger_kernel_available
 
-from RewardTrainer.kernels import use_fused_kernels
+from RewardTrainer.fused_layers import use_fused_layers
 from RewardTrainer.packing import kernel_of, pack, run_packed, serve_segments
 from RewardTrainer.packing_trial import distance, judge, padded_states, trial_rows
 
@@ -79,7 +79,7 @@ def test_fused_layers_are_the_models_own_in_states_and_gradients(dtype):
         num_key_value_heads=2,
     )  # fmt: skip
     model = Qwen2Model(config).to(CUDA, dtype)
-    rows, _ = trial_rows(1000)
+    rows = trial_rows(1000)
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
@@ -87,7 +87,7 @@ def test_fused_layers_are_the_models_own_in_states_and_gradients(dtype):
         return {name: parameter.grad.float().clone() for name, parameter in model.named_parameters()}
 
     own = gradients()
-    assert "liger-kernel's layers" in use_fused_kernels(model, CUDA)
+    assert "liger-kernel's layers" in use_fused_layers(model, CUDA)
     for name, gradient in gradients().items():
         apart = distance(gradient.flatten()[None], own[name].flatten()[None])
         assert apart < (1e-4 if dtype == torch.float32 else 5e-2), name

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from distiller.records import InputError, dump_line, parse_columns
-from RewardTrainer.kernels import use_fused_kernels
+from RewardTrainer.fused_layers import use_fused_layers
 from RewardTrainer.train.arguments import DTYPES, DistilConfig, ModelArguments, parse
 from RewardTrainer.train.batches import Layout, PairCollator
 from RewardTrainer.train.cached_teacher import make_command, open_cache
@@ -281,7 +281,7 @@ def prepare(name: str, backbone: PreTrainedModel, args: DistilConfig) -> Layout:
     whole = runnable(backbone) and backbone.device.type == args.device.type
     dtype = torch.bfloat16 if args.bf16 else torch.float16
     with torch.autocast(args.device.type, dtype, enabled=(args.bf16 or args.fp16) and whole):
-        layers = use_fused_kernels(backbone, args.device, args.use_liger_kernel, args.liger_kernel_config, whole)
+        layers = use_fused_layers(backbone, args.device, args.use_liger_kernel, args.liger_kernel_config, whole)
         logger.info("%s: %s", name, layers)
         return choose_layout(name, backbone, args.layout, args.device)
 

@@ -1,9 +1,9 @@
-"""How many tokens a forward may hold on this GPU: measured, in the first steps, where `--max_tokens_per_batch` is unset.
+"""How many tokens a forward may hold on a GPU: measured in the first steps, where `--max_tokens_per_batch` is unset.
 
-What a token takes depends on the model, gradient checkpointing, adapters, the kernels that happen to be there. So it is
-not reckoned but seen: the first forwards hold `FIRST` tokens at most, and each of the first steps says what its largest
-forward took beyond what stood there before. From then on a forward may take `SHARE` of what is free. The step's pairs
-and their mean do not change (`trainer.py`).
+What a token takes depends on the model, gradient checkpointing, adapters, the kernels that happen to be there. So it
+is not reckoned but seen: the first forwards hold `FIRST` tokens at most, and each of the first steps says what its
+largest forward took beyond what stood there before. From then on a forward may take `SHARE` of what is free. The
+step's pairs and their mean do not change (`trainer.py`).
 """
 
 from dataclasses import dataclass

@@ -15,7 +15,7 @@ from RewardTrainer.packing_trial import FACTOR, distance, padded_states, roundin
 NO_LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
-def use_fused_kernels(
+def use_fused_layers(
     backbone: PreTrainedModel,
     device: torch.device,
     wanted: bool | None = None,
@@ -35,7 +35,7 @@ def use_fused_kernels(
         if wanted:
             raise InputError(f"--use_liger_kernel: {reason}; train without it")
         return f"the model's own layers ({reason})"
-    rows, _ = trial_rows(backbone.config.get_text_config().vocab_size)
+    rows = trial_rows(backbone.config.get_text_config().vocab_size)
     training = backbone.training
     backbone.eval()
     if runnable:
