@@ -161,11 +161,15 @@ class DistilConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Cut what --per_device_train_batch_size hands out into forwards of at most so many student "
-            "tokens, padding included. The step's pairs and their mean do not change."
+            "tokens, padding included. The step's pairs and their mean do not change. None: what the GPU's memory "
+            "allows, measured in the first steps; no bound on a CPU."
         },
     )
-    chunk_size: int = field(
-        default=256, metadata={"help": "Response tokens whose logits exist at once; less needs less memory."}
+    chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Response tokens whose logits exist at once; less needs less memory. None: 1024, on a CPU 256."
+        },
     )
     use_liger_kernel: bool | None = field(
         default=None,
@@ -187,6 +191,10 @@ class DistilConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Steps between logs, or below 1 a share of them."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay false: the collator reads every field."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Would wait for the device, for nothing: a loss that is not finite ends the run."},
     )
     report_to: str = field(default="none", metadata={"help": "none, tensorboard, wandb, ..."})
     hub_strategy: str = field(
@@ -210,7 +218,7 @@ class DistilConfig(TrainingArguments):
                 f"--center_rewards_coefficient {center:g}: --loss_type steerlm learns the scores themselves, which "
                 "are not around 0; leave it out"
             )
-        if self.kl_temperature <= 0 or self.chunk_size < 1:
+        if self.kl_temperature <= 0 or (self.chunk_size is not None and self.chunk_size < 1):
             raise InputError("--kl_temperature must be above 0 and --chunk_size at least 1")
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise InputError(f"--max_tokens_per_batch {self.max_tokens_per_batch}: must be at least 1")

@@ -29,6 +29,10 @@ from RewardTrainer.train.top_k import REMOVED, TopK
 # fp32 logits that elementwise work is done on at once: what the cache of a CPU's core holds; what keeps a GPU busy.
 BLOCK_ELEMENTS = {"cpu": 2**18 * torch.get_num_threads(), "cuda": 2**25}
 
+# Tokens whose logits exist at once. Each chunk adds to the whole gradient of the head's weight, (V, H) in fp32: fewer
+# chunks pay on a GPU, and on a CPU what its caches hold.
+CHUNK = {"cpu": 256, "cuda": 1024}
+
 TeacherSignal = Callable[[slice], torch.Tensor | TopK]
 """A slice of a batch's response tokens -> what the teacher says of them: all its logits, (chunk, V_teacher), or the
 most likely ids alone. Called without gradient."""
@@ -68,9 +72,9 @@ def generative_losses(
     kl_weight: float | torch.Tensor = 1.0,
     shared_ids: torch.Tensor | int | None = None,
     temperature: float = 1.0,
-    chunk_size: int = 256,
+    chunk_size: int | None = None,
 ) -> GenerativeTerms:
-    """SFT and forward KL per pair, and their weighted sum, `chunk_size` tokens at a time; see the module docstring.
+    """SFT and forward KL per pair, and their weighted sum, `chunk_size` tokens at a time (None: `CHUNK`).
 
     hidden (tokens, H): the student's last hidden state *before* each response token (position t - 1 predicts token
         t); the caller picks and shifts, so prompt and padding never arrive here.
@@ -90,12 +94,15 @@ def generative_losses(
             f"hidden {tuple(hidden.shape)}, targets {tuple(targets.shape)} and pair_index {tuple(pair_index.shape)} "
             "must be (tokens, H), (tokens,), (tokens,)"
         )
+    chunk_size = chunk_size or CHUNK.get(hidden.device.type, CHUNK["cuda"])
     if not temperature > 0 or chunk_size < 1:
         raise ValueError(f"temperature {temperature} must be above 0 and chunk_size {chunk_size} at least 1")
-    shared = _shared_mask(shared_ids, targets.device)
+    shared = _check_shared(shared_ids)
     counted = _counted(targets, shared) if teacher is not None else torch.zeros_like(targets, dtype=torch.bool)
-    tokens = torch.bincount(pair_index, minlength=num_pairs)  # (pairs,)
-    kl_tokens = torch.bincount(pair_index[counted], minlength=num_pairs)  # (pairs,)
+    # Not `bincount`, nor a choice by `counted`: on a GPU the host would wait for what is under way.
+    none = torch.zeros(num_pairs, dtype=torch.long, device=hidden.device)
+    tokens = none.index_add(0, pair_index, torch.ones_like(targets))  # (pairs,)
+    kl_tokens = none.index_add(0, pair_index, counted.long())  # (pairs,)
 
     # What a token's term weighs in `loss`: its pair's weight over its pair's n, with the T^2 of the definition.
     sft_share = (sft_weight / tokens.clamp(min=1))[pair_index].float()  # (tokens,)
@@ -265,14 +272,21 @@ def forward_kl(
     return kl, None if value_only else log_s.exp().sub_(p)
 
 
-def _shared_mask(shared_ids: torch.Tensor | int | None, device: torch.device) -> torch.Tensor | int | None:
-    """A mask whose True values are a prefix becomes their number: slicing is cheaper than masking."""
-    if not isinstance(shared_ids, torch.Tensor):
-        return shared_ids
-    if shared_ids.dim() != 1 or shared_ids.dtype != torch.bool:
-        raise ValueError(f"shared_ids must be a 1-d bool mask, got {shared_ids.dtype} {tuple(shared_ids.shape)}")
-    count = int(shared_ids.sum())
+def compact_shared(shared_ids: torch.Tensor | None, device: torch.device) -> torch.Tensor | int | None:
+    """`shared_ids` for many calls: a mask whose True values are a prefix becomes their number, which costs no masking.
+
+    Once a run, because it reads the mask.
+    """
+    if shared_ids is None:
+        return None
+    count = int(_check_shared(shared_ids).sum())
     return count if bool(shared_ids[:count].all()) else shared_ids.to(device)
+
+
+def _check_shared(shared_ids: torch.Tensor | int | None) -> torch.Tensor | int | None:
+    if isinstance(shared_ids, torch.Tensor) and (shared_ids.dim() != 1 or shared_ids.dtype != torch.bool):
+        raise ValueError(f"shared_ids must be a 1-d bool mask, got {shared_ids.dtype} {tuple(shared_ids.shape)}")
+    return shared_ids
 
 
 def _counted(targets: torch.Tensor, shared: torch.Tensor | int | None) -> torch.Tensor:

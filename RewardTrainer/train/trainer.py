@@ -9,9 +9,12 @@ ranks (by DDP and DeepSpeed alike). So each micro-batch returns
 and a ragged last micro-batch weighs what it holds. The number of pairs is gathered over ranks before the step's first
 forward.
 
-With `--max_tokens_per_batch` the pairs that the data loader hands out at once go through the model in as many forwards
-as the budget asks for. Which pairs make a step, and their mean, stay what they are. All ranks take the same number of
-forwards, the largest that one of them needs.
+The pairs that the data loader hands out at once go through the model in as many forwards as the token budget asks for
+(`--max_tokens_per_batch`, or `token_budget.py`). Which pairs make a step, and their mean, stay what they are. All
+ranks take the same number of forwards, the largest that one of them needs.
+
+The host waits for the device once a step, after the last backward pass, when it reads whether all losses were finite.
+Until then it only hands out work: nothing before that may read a number from the device.
 """
 
 import json
@@ -29,14 +32,18 @@ from transformers import EvalPrediction, Trainer
 
 from distiller.records import InputError
 from RewardTrainer.eval.metrics import gap_margin_agreement
+from RewardTrainer.packing import to_device
 from RewardTrainer.train import checkpoint
 from RewardTrainer.train.batches import PairCollator, list_features, split_to
 from RewardTrainer.train.cached_teacher import CachedTeacher
 from RewardTrainer.train.data import PairFeatures
+from RewardTrainer.train.generative import compact_shared
 from RewardTrainer.train.interruption import RUN_FILE, SaveOnSigterm
 from RewardTrainer.train.lora import has_adapters, save_adapters
 from RewardTrainer.train.losses import center_loss, check_weights, loss_spec, reward_loss
+from RewardTrainer.train.speed import Speed, peak_flops
 from RewardTrainer.train.student import LiveTeacher
+from RewardTrainer.train.token_budget import TokenBudget
 
 logger = logging.getLogger(__name__)
 
@@ -85,11 +92,17 @@ class DistilTrainer(Trainer):
                 "--kl_weight above 0 needs a teacher: give --teacher_model or --teacher_logprobs, or --kl_weight 0"
             )
         self.teacher = teacher
-        self.shared_ids = None if shared_ids is None else shared_ids.to(self.args.device)
+        self.shared_ids = compact_shared(shared_ids, self.args.device)
+        self.budget = TokenBudget(self.args.max_tokens_per_batch, self.args.device)
+        self.speed = Speed(self.model, teacher if isinstance(teacher, LiveTeacher) else None)
+        dtypes = {parameter.dtype for parameter in self.model.backbone.parameters() if parameter.is_floating_point()}
+        self.peak_flops = peak_flops(self.args.device, self.args.bf16 or self.args.fp16 or torch.float32 not in dtypes)
+        self._broken: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.settings = settings or {}
         self.held_out_pairs: dict[str, np.ndarray | None] = {}
         self.reward_scale: checkpoint.RewardScale | None = None
         self._sums: dict[str, torch.Tensor] = {}
+        self.add_callback(self.speed)
         self.add_callback(SaveOnSigterm())
 
     # One step
@@ -103,17 +116,18 @@ class DistilTrainer(Trainer):
     def _prepare_inputs(self, inputs: dict) -> dict:
         """To the device. Margins keep fp32: the Trainer would cast them to DeepSpeed's 16-bit type."""
         return {
-            name: value.to(self.args.device) if isinstance(value, torch.Tensor) else value
+            name: to_device(value, self.args.device) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()
         }
 
     def micro_batches(self, features: Sequence[dict]) -> Iterator[dict]:
         """The pairs in as many batches as the token budget asks for, the same number on every rank."""
         groups = [list(features)]
-        if self.args.max_tokens_per_batch is not None:
-            groups = self.collate.micro_batches(features, self.args.max_tokens_per_batch)
-            count = torch.tensor(len(groups), device=self.args.device)
-            groups = split_to(groups, int(self.accelerator.gather(count).max()))
+        if self.budget.tokens is not None:
+            groups = self.collate.micro_batches(features, self.budget.tokens)
+            if self.args.world_size > 1:
+                count = torch.tensor(len(groups), device=self.args.device)
+                groups = split_to(groups, int(self.accelerator.gather(count).max()))
         for group in groups:
             yield self.collate(group)
 
@@ -122,13 +136,33 @@ class DistilTrainer(Trainer):
         batches = list(self.micro_batches(inputs["features"]))
         state = self.accelerator.gradient_state
         sync, total = state.sync_gradients, 0.0
+        self.budget.begin()
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
             state._set_sync_gradients(sync and last)
             engine = self.accelerator.distributed_type == DistributedType.DEEPSPEED  # it goes by `sync_gradients`
             with nullcontext() if last or engine else self.accelerator.no_sync(model):
                 total = total + super().training_step(model, batch, num_items_in_batch)
+        self.check_finite()
+        self.speed.step_ended(inputs["features"], whole=sync)
+        if self.budget.end(max(batch["input_ids"].numel() for batch in batches)) is not None:
+            logger.info("step %d: forwards of at most %d tokens from here", self.state.global_step, self.budget.tokens)
         return total
+
+    def check_finite(self) -> None:
+        """Raises FloatingPointError, on all ranks, where a loss since the last call was not finite.
+
+        One that stopped alone would leave the others waiting.
+        """
+        broken = torch.stack([torch.isfinite(pairs).all() for _, pairs in self._broken]).all().logical_not()
+        if self.accelerator.gather(broken.int()).any():
+            rows = [int(row) for index, pairs in self._broken for row in index[~torch.isfinite(pairs)]]
+            names = gather_object(self.row_names(rows))
+            raise FloatingPointError(
+                f"step {self.state.global_step}: the loss of training rows {names} is not finite; "
+                "lower --learning_rate or look at these rows"
+            )
+        self._broken = []
 
     def pair_terms(self, model: torch.nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
         """Rewards and loss terms of a batch, each (pairs,): the names of `COLUMNS` that the batch has.
@@ -175,16 +209,8 @@ class DistilTrainer(Trainer):
         total = self.args.reward_weight * terms["loss_reward"].sum() + terms.get("generative", 0.0)
         if "center" in terms:
             total = total + self.args.center_rewards_coefficient * terms["center"].sum()
-        broken = ~torch.isfinite(total.detach())
-        if self.accelerator.gather(broken.int()).any():  # on all ranks: one that stopped alone would leave the others
-            names = ("loss_reward", "sft", "kl", "center")
-            pairs = sum(terms[name].detach() for name in names if name in terms)  # (pairs,)
-            rows = inputs["pair_index"][~torch.isfinite(pairs)].tolist()
-            names = gather_object(self.row_names(rows))
-            raise FloatingPointError(
-                f"step {self.state.global_step}: the loss of training rows {names} is not finite; "
-                "lower --learning_rate or look at these rows"
-            )
+        names = ("loss_reward", "sft", "kl", "center")
+        self._broken.append((inputs["pair_index"], sum(terms[name].detach() for name in names if name in terms)))
         self._count(terms)
         loss = total * (self.args.world_size / num_items_in_batch)
         return (loss, terms) if return_outputs else loss
@@ -215,9 +241,25 @@ class DistilTrainer(Trainer):
             total = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").tolist()
             sums = dict(zip(names, total, strict=True))
             pairs = sums.pop("pairs")
-            logs |= {name: value / pairs for name, value in sums.items()}
+            logs |= {name: value / pairs for name, value in sums.items()} | self.speed_since_last_log()
             self._sums = {}
         super().log(logs, start_time)
+
+    def speed_since_last_log(self) -> dict[str, float]:
+        """step_seconds, tokens_per_second of all ranks and, on a GPU whose peak is known, mfu of the student and, with
+        a live teacher, mfu_with_teacher. Empty before the second step, the first one's time being the compiler's."""
+        seconds, steps, *counts = self.speed.take()
+        if not steps:
+            return {}
+        counts = torch.tensor(counts, dtype=torch.float64, device=self.args.device)
+        tokens, student, teacher = self.accelerator.reduce(counts, "sum").tolist()
+        speed = {"step_seconds": seconds / steps, "tokens_per_second": tokens / seconds}
+        if self.peak_flops is not None:
+            available = seconds * self.peak_flops * self.args.world_size
+            speed["mfu"] = student / available
+            if teacher:
+                speed["mfu_with_teacher"] = (student + teacher) / available
+        return speed
 
     # Evaluation
 
