@@ -55,7 +55,7 @@ class Piece:
 
 
 def prefix_tree(rows: Sequence[np.ndarray], share: bool = True) -> tuple[list[Piece], list[int]]:
-    """Pieces of the rows, parents first, and for each row the index of its last piece.
+    """Pieces of the rows, each followed by those that go on from it, and for each row the index of its last piece.
 
     A row is the tokens of its last piece's ancestors and its own. Without `share` every row is one piece.
     """
@@ -84,7 +84,10 @@ def prefix_tree(rows: Sequence[np.ndarray], share: bool = True) -> tuple[list[Pi
             grow(branch, start, parent)
 
     if share:
-        grow(list(range(len(rows))), 0, None)
+        same: dict[bytes, int] = {}  # equal rows are one, however short
+        first = [same.setdefault(row.tobytes(), i) for i, row in enumerate(rows)]
+        grow(list(same.values()), 0, None)
+        last = [last[i] for i in first]
     else:
         last = [add([i], 0, len(row), None) for i, row in enumerate(rows)]
     return pieces, last
@@ -233,6 +236,11 @@ def _of_any_length(values: np.ndarray, device: torch.device) -> torch.Tensor:
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy there that the host does not wait for: from pageable memory it would wait for all that is under way."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def no_plans_by_shape() -> None:
+    """Keep SDPA from cuDNN, which makes a plan for every new pair of lengths: seconds a step, as rows come."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 # ---------------------------------------------------------------- attention

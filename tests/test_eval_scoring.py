@@ -157,11 +157,11 @@ def test_a_response_of_50000_characters_is_scored_within_the_limit_of_the_model(
 
 def test_batches_hold_similar_lengths_within_the_token_budget():
     lengths = [3, 50, 4, 49, 5, 200, 3]
-    batches = plan_batches(lengths, 100)
+    batches = plan_batches(lengths, 100, padded=True)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     assert batches[:2] == [[5], [1, 3]]  # longer than the budget: alone
     assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 100 for batch in batches)
-    assert plan_batches([], 100) == []
+    assert plan_batches([], 100, padded=True) == []
 
 
 def test_the_chosen_pad_id_ends_no_row():

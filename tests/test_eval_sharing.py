@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from eval_fixtures import CHATML_WITH_BOS, ENDS_IN_END_TOKEN, build_model, build_tokenizer
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from RewardTrainer.eval.engines.hf import Scorer
-from RewardTrainer.eval.engines.sharing import common_prefix, plan_row
+from RewardTrainer.packing import common_prefix
 from RewardTrainer.train.modeling_mlp_reward import MLPRewardForSequenceClassification
 
 WORDS = ["tin", "red", "boat", "the", "metal", "# Notes", "\n", "名前", "é"]
@@ -103,7 +104,7 @@ def mlp_head(tokenizer):
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 250, 100_000])
-def test_rewards_of_a_shared_prompt_are_those_of_each_conversation_alone(tokens_per_batch):
+def test_rewards_of_a_shared_prompt_are_those_of_each_conversation_alone(tokens_per_batch, kernel):
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     scorer = Scorer(model, tokenizer, tokens_per_batch=tokens_per_batch)
@@ -125,7 +126,7 @@ def test_sharing_pools_as_transformers_does_without_a_pad_token_and_with_eos_as_
 
 @pytest.mark.parametrize(
     ("build", "shares"),
-    [(gpt2, True), (mlp_head, True), (mistral_with_window, False), (gpt_neo, False), (bert, False)],
+    [(gpt2, True), (mlp_head, True), (mistral_with_window, True), (gpt_neo, False), (bert, False)],
 )
 def test_models_that_cannot_share_are_found_out_and_scored_right_all_the_same(build, shares):
     tokenizer = build_tokenizer()
@@ -135,12 +136,21 @@ def test_models_that_cannot_share_are_found_out_and_scored_right_all_the_same(bu
     assert together(scorer, rows()) == approx(alone(model, tokenizer, rows()))
 
 
-def test_eager_attention_shares_as_well():
+def test_eager_attention_is_scored_right_on_padded_rows():
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     model.set_attn_implementation("eager")
     scorer = Scorer(model, tokenizer)
-    assert scorer.shares_prompts
+    assert "--attn_implementation eager cannot" in scorer.layout
+    assert together(scorer, rows()) == approx(alone(model, tokenizer, rows()))
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 250, 100_000])
+def test_rewards_without_sharing_are_the_same(tokens_per_batch):
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    scorer = Scorer(model, tokenizer, tokens_per_batch=tokens_per_batch, share_prompts=False)
+    assert scorer.layout.startswith("no padding, ")
     assert together(scorer, rows()) == approx(alone(model, tokenizer, rows()))
 
 
@@ -162,20 +172,34 @@ def test_a_prompt_of_all_its_responses_is_computed_once():
     answers = ["tin", "red boat", "the metal", "é"]
     encoded = scorer.encode([[[prompt, {"role": "assistant", "content": answer}] for answer in answers]])
     (unit,) = scorer.plan(encoded)
-    apart = sum(part.size for part in encoded[0])
-    assert unit.length == apart - 3 * len(unit.prefix)
-    assert len(unit.prefix) > 60
+    shared = common_prefix([np.array(part.ids) for part in encoded[0]])
+    assert shared > 60
+    assert unit.length == sum(part.size for part in encoded[0]) - 3 * shared
 
 
-def test_branches_stay_apart_where_attention_over_them_would_cost_more_than_their_prompt():
-    sequences = [(1, *range(2, 2000)), (1, *range(2000, 4000))]
-    assert [len(part.branches) for part in plan_row(0, sequences, width=64, longest=10**6)] == [1, 1]
-    long_prompt = [(*range(3000), 1, 1), (*range(3000), 2), (*range(3000), 3)]
-    assert [len(part.branches) for part in plan_row(0, long_prompt, width=64, longest=10**6)] == [3]
-    assert [len(part.branches) for part in plan_row(0, long_prompt, width=64, longest=3003)] == [2, 1]
+def test_a_row_over_the_budget_is_run_in_parts_that_share_its_prompt_each():
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    prompt = {"role": "user", "content": "boat " * 60}
+    chats = [[[prompt, {"role": "assistant", "content": answer}] for answer in ("tin", "red boat", "the metal", "é")]]
+    expected = alone(model, tokenizer, chats)
+    lengths = []
+    for budget in (10_000, 90, 1):
+        scorer = Scorer(model, tokenizer, tokens_per_batch=budget)
+        encoded = scorer.encode(chats)
+        units = scorer.plan(encoded)
+        assert [number for unit in units for number in unit.numbers] == [0, 1, 2, 3]
+        assert all(unit.length <= budget or len(unit.numbers) == 1 for unit in units)
+        lengths.append(len(units))
+        assert together(scorer, chats) == approx(expected)
+    assert lengths[0] == 1 and lengths[2] == 4
 
 
-def test_the_common_prefix_leaves_each_sequence_a_token_of_its_own():
-    assert common_prefix([(1, 2, 3), (1, 2, 3)]) == 2
-    assert common_prefix([(1, 2, 3), (1, 2)]) == 1
-    assert common_prefix([(1, 2), (3, 2)]) == 0
+def test_equal_conversations_of_a_row_are_run_once_and_get_one_reward():
+    tokenizer = build_tokenizer()
+    scorer = Scorer(build_model(tokenizer), tokenizer)
+    prompt = {"role": "user", "content": "boat"}
+    answers = ["red tin"] * 3 + ["red tin and more", "red tin"]
+    chats = [[[prompt, {"role": "assistant", "content": answer}] for answer in answers] for _ in range(5)]
+    for row in together(scorer, chats):
+        assert len(set(row)) == 2

@@ -29,6 +29,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from distiller.records import InputError, dump_line, parse_columns
 from RewardTrainer.fused_layers import use_fused_layers
+from RewardTrainer.packing import no_plans_by_shape
 from RewardTrainer.train.arguments import DTYPES, DistilConfig, ModelArguments, parse
 from RewardTrainer.train.batches import Layout, PairCollator
 from RewardTrainer.train.cached_teacher import make_command, open_cache
@@ -243,6 +244,7 @@ def set_up(model_args: ModelArguments, args: DistilConfig) -> None:
     for noisy in ("httpx", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     set_seed(args.seed)
+    no_plans_by_shape()
     if args.deepspeed:
         # On a CPU, TrainingArguments starts torch.distributed alone, and ZeRO-3 would partition the student for one
         # process.

@@ -11,12 +11,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from distiller.records import InputError
 from RewardTrainer.eval.engines.base import Conversation, Encoded
-from RewardTrainer.eval.engines.sharing import common_prefix
+from RewardTrainer.packing import common_prefix
 
 AT_ONCE = 2000
 """Conversations rendered and tokenized at a time: their texts and ids need not all be in memory twice."""
@@ -76,7 +77,7 @@ class ChatEncoder:
         before = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         (prompt,) = self._tokenize([before])
         lost = len(ids) - len(kept) + has_bos  # where what is kept begins, but for BOS
-        response_cut = lost > common_prefix([[*prompt, -1], ids])
+        response_cut = lost > common_prefix([np.array([*prompt, -1]), np.array(ids)])
         return Encoded(len(kept), tuple(kept), truncated=True, response_cut=response_cut)
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:

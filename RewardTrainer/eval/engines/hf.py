@@ -12,15 +12,19 @@ truncation: `encoding.py`):
    (`choose_pad_id`).
 3. *bf16.* A score head in bf16 rounds rewards to 8 bits and makes ties of real differences, so a linear `score` head
    runs in fp32.
-4. *Waste.* Rows of similar length go together, so many as fit a number of tokens, and the prompt that a row's
-   responses share is computed once (`sharing.py`) by models that were seen to give the same rewards that way.
+4. *Waste.* Rows lie end to end without padding, so many as fit a number of tokens, and what a row's responses begin
+   with is computed once (`RewardTrainer/packing.py`), by models that were seen to give the same states that way. Equal
+   conversations of a row are one, and get one reward. Other models take padded rows of similar length.
+5. *Waiting.* A batch's rewards are read when the next one is under way, so that a GPU never waits for them to be read.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,12 +33,24 @@ from distiller.records import InputError
 from RewardTrainer.eval.engines.base import Encoded
 from RewardTrainer.eval.engines.encoding import ChatEncoder, resolve_max_length
 from RewardTrainer.eval.engines.loading import load_config, load_model, resolve_dtype
-from RewardTrainer.eval.engines.sharing import LONGEST_SHARED, Unit, branch_mask, pack, plan_row, unit
+from RewardTrainer.fused_layers import use_fused_layers
+from RewardTrainer.packing import no_plans_by_shape, pack, packed_length, run_packed, to_device
+from RewardTrainer.packing_trial import Verdict, judge
 
 HEADS = ("score", "classifier")
 """Names under which models keep the head that turns hidden states into rewards."""
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
 """Tokens of a batch: what a CPU's caches hold (benchmarks/eval_rm.py), what keeps a GPU busy."""
+
+
+class Unit(NamedTuple):
+    """Conversations of one row that are run together."""
+
+    row: int
+    numbers: range
+    """Which of the row's."""
+    length: int
+    """Tokens that are run for them."""
 
 
 class Scorer(ChatEncoder):
@@ -53,9 +69,9 @@ class Scorer(ChatEncoder):
             model: a sequence-classification model with num_labels 1, on the device where it is to run
             tokenizer: its tokenizer, with a chat template
             max_length: longest conversation in tokens; None is what model and tokenizer declare
-            tokens_per_batch: largest rows x longest row of one batch; a longer row makes a batch of its own. None:
-                `CPU_TOKENS` or `GPU_TOKENS`
-            share_prompts: compute a shared prompt once, where the model allows it
+            tokens_per_batch: most tokens of one batch, padding included; a longer conversation makes a batch of its
+                own. None: `CPU_TOKENS` or `GPU_TOKENS`
+            share_prompts: compute once what a row's conversations begin with, where the model allows it
 
         Raises:
             InputError: no chat template, or a max_length the model cannot take
@@ -64,7 +80,12 @@ class Scorer(ChatEncoder):
         self.model = model.eval()
         self.model.config.use_cache = False
         self.tokens_per_batch = tokens_per_batch or (CPU_TOKENS if model.device.type == "cpu" else GPU_TOKENS)
-        self.shares_prompts = share_prompts and can_share_prompts(self)
+        verdict = judge_scorer(model)
+        self.packs = verdict.reason is None
+        self.shares_prompts = share_prompts and self.packs
+        self.layout = ("prompts shared, " if self.shares_prompts else "no padding, ") + verdict.note
+        if not self.packs:
+            self.layout = f"rows padded, because {verdict.reason}"
 
     def score(self, rows: Sequence[Sequence[Encoded]]) -> Iterator[tuple[int, int, float]]:
         """See `Engine.score`.
@@ -74,36 +95,55 @@ class Scorer(ChatEncoder):
         """
         self._check(rows)
         units = self.plan(rows)
-        for indices in plan_batches([part.length for part in units], self.tokens_per_batch):
+        waiting: tuple[list[Unit], torch.Tensor] | None = None
+        for indices in plan_batches([unit.length for unit in units], self.tokens_per_batch, padded=not self.packs):
             batch = [units[index] for index in indices]
-            rewards = self.forward(batch).tolist()
-            for (row, number), reward in zip((key for part in batch for key in part.keys), rewards, strict=True):
-                yield row, number, reward
+            rewards = self.forward(rows, batch)
+            if waiting is not None:
+                yield from _read(*waiting)
+            waiting = batch, rewards
+        if waiting is not None:
+            yield from _read(*waiting)
 
     def plan(self, rows: Sequence[Sequence[Encoded]]) -> list[Unit]:
-        """The sequences to run."""
+        """What to run together at least: a row's conversations, so many as fit a batch, where they share; else one."""
         units = []
         for row, conversations in enumerate(rows):
-            sequences = [conversation.ids for conversation in conversations]
-            if self.shares_prompts:
-                width = self.model.config.get_text_config().hidden_size
-                units += plan_row(row, sequences, width, min(self.tokens_per_batch, LONGEST_SHARED))
-            else:
-                units += [unit(row, [number], sequences) for number in range(len(sequences))]
+            sequences = [np.array(conversation.ids) for conversation in conversations]
+            start = 0
+            while start < len(sequences):
+                stop = len(sequences) if self.shares_prompts else start + 1
+                length = packed_length(sequences[start:stop], share=True)
+                while stop - start > 1 and length > self.tokens_per_batch:
+                    stop = (start + stop) // 2
+                    length = packed_length(sequences[start:stop], share=True)
+                units.append(Unit(row, range(start, stop), length))
+                start = stop
         return units
 
-    @torch.inference_mode()
-    def forward(self, units: Sequence[Unit]) -> torch.Tensor:
-        """Rewards of the units' branches in one batch, (branches,) float64 on the CPU."""
-        if all(len(part.branches) == 1 for part in units):
-            logits = self._forward_rows([[*part.prefix, *part.branches[0]] for part in units])
-        else:
-            logits = self._forward_branches(units)
-        rewards = logits.double().cpu()
-        if not torch.isfinite(rewards).all():
-            count = int((~torch.isfinite(rewards)).sum())
-            raise InputError(f"{count} of {len(rewards)} rewards are not finite; try --dtype float32 or bfloat16")
-        return rewards
+    @torch.no_grad()
+    def forward(self, rows: Sequence[Sequence[Encoded]], units: Sequence[Unit]) -> torch.Tensor:
+        """Rewards of the units' conversations in one batch, in their order, on the model's device."""
+        groups = [[np.array(rows[unit.row][number].ids) for number in unit.numbers] for unit in units]
+        if self.packs:
+            return self._forward_packed(groups)
+        return self._forward_rows([sequence.tolist() for group in groups for sequence in group])
+
+    def _forward_packed(self, groups: list[list[np.ndarray]]) -> torch.Tensor:
+        ids, position_ids, segments, places = pack(groups, share=self.shares_prompts)
+        pad_id = self.model.config.get_text_config().pad_token_id
+        read = [
+            place[_last_token(sequence, pad_id)]
+            for group, where in zip(groups, places, strict=True)
+            for sequence, place in zip(group, where, strict=True)
+        ]
+        # Each place once: a product rounds its rows differently, by where they stand, and equal ones must stay equal.
+        read, again = (torch.from_numpy(part) for part in np.unique(read, return_inverse=True))
+        device = self.model.device
+        ids, position_ids, read, again = (to_device(part, device) for part in (ids, position_ids, read, again))
+        hidden = run_packed(self.model.base_model, ids, position_ids, segments)[0]  # (N, hidden)
+        head = reward_head(self.model)
+        return head(hidden[read].to(next(head.parameters()).dtype))[:, 0][again]
 
     def _forward_rows(self, rows: list[list[int]]) -> torch.Tensor:
         config = self.model.config.get_text_config()
@@ -123,19 +163,6 @@ class Scorer(ChatEncoder):
         if logits.shape != (len(rows), 1):
             raise InputError(f"the model returns logits of shape {tuple(logits.shape)}, not ({len(rows)}, 1)")
         return logits[:, 0]
-
-    def _forward_branches(self, units: Sequence[Unit]) -> torch.Tensor:
-        ids, positions, branch_of, rows, columns = pack(units, self.model.config.get_text_config().pad_token_id)
-        device = self.model.device
-        hidden = self.model.base_model(
-            input_ids=ids.to(device),
-            position_ids=positions.to(device),
-            attention_mask=branch_mask(branch_of.to(device), self.model.dtype),
-            use_cache=False,
-        ).last_hidden_state  # (B, T, hidden)
-        head = reward_head(self.model)
-        read = hidden[rows.to(device), columns.to(device)]  # (branches, hidden)
-        return head(read.to(next(head.parameters()).dtype))[:, 0]
 
     def _check(self, rows: Sequence[Sequence[Encoded]]) -> None:
         sequences = [conversation.ids for row in rows for conversation in row]
@@ -160,54 +187,45 @@ def reward_head(model: PreTrainedModel) -> nn.Module | None:
     return next((children[name] for name in HEADS if name in children), None)
 
 
-def can_share_prompts(scorer: Scorer) -> bool:
-    """Whether the model gives branches of a shared prompt the rewards it gives them alone.
-
-    It must take a mask of its own (eager and sdpa attention do), let every token see all before it (a window or a
-    recurrence is not in the mask), and then show it on a probe: two branches together against each alone.
-    """
-    model = scorer.model
-    config = model.config.get_text_config().to_dict()
-    layers = set(config.get("layer_types") or ["full_attention"])
-    layers |= {"local"} & set(config.get("attention_layers") or ())  # GPT-Neo's name for windows
-    if (
-        reward_head(model) is None
-        or model.config.is_encoder_decoder
-        or model.config.get_text_config()._attn_implementation not in ("eager", "sdpa")
-        or layers != {"full_attention"}
-        or (config.get("sliding_window") and config.get("use_sliding_window", True))
-    ):
-        return False
-    size = min(scorer.max_length, 24)
-    tokens = [3 + 7 * n % max(1, model.get_input_embeddings().weight.shape[0] - 3) for n in range(2 * size)]
-    tokens = [token for token in tokens if token != model.config.get_text_config().pad_token_id]
-    half = size // 2
-    sequences = [(*tokens[:half], *tokens[half : half + 5]), (*tokens[:half], *tokens[half + 5 : half + 12])]
-    sequences = [ids for ids in sequences if len(ids) > half]
-    if half < 1 or len(sequences) < 2:
-        return False
-    together = [unit(0, [0, 1], sequences)]
-    alone = [unit(0, [number], sequences) for number in (0, 1)]
-    try:
-        shared, plain = scorer.forward(together), scorer.forward(alone)
-    except (InputError, RuntimeError, TypeError, ValueError, IndexError):  # a model that takes no such mask
-        return False
-    exact = model.dtype == torch.float32
-    return torch.allclose(shared, plain, rtol=1e-4 if exact else 5e-2, atol=1e-4 if exact else 5e-2)
+def judge_scorer(model: PreTrainedModel) -> Verdict:
+    """Whether the model takes packed rows: its backbone must, and its head must be ours to call."""
+    if reward_head(model) is None or model.config.is_encoder_decoder:
+        return Verdict(f"{type(model).__name__} is no decoder with a head of a known name ({', '.join(HEADS)})")
+    return judge(model.base_model, runnable=True)
 
 
-def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Row indices grouped so that rows x longest row stays within `tokens_per_batch`; rows of similar length together.
+def _last_token(sequence: np.ndarray, pad_id: int | None) -> int:
+    """Where the reward is read: the last token that is not padding, as transformers pools."""
+    tokens = np.flatnonzero(sequence != (-1 if pad_id is None else pad_id))
+    return int(tokens[-1]) if len(tokens) else 0
 
-    Longest first, so that a batch too large for the device fails at once and not after an hour.
+
+def _read(units: Sequence[Unit], rewards: torch.Tensor) -> Iterator[tuple[int, int, float]]:
+    """Raises InputError for rewards that are not finite."""
+    values = rewards.double().cpu()
+    if not torch.isfinite(values).all():
+        count = int((~torch.isfinite(values)).sum())
+        raise InputError(f"{count} of {len(values)} rewards are not finite; try --dtype float32 or bfloat16")
+    keys = ((unit.row, number) for unit in units for number in unit.numbers)
+    yield from ((row, number, value) for (row, number), value in zip(keys, values.tolist(), strict=True))
+
+
+def plan_batches(lengths: Sequence[int], tokens_per_batch: int, padded: bool) -> list[list[int]]:
+    """Indices grouped so that a group's tokens, padded to its longest or not, stay within `tokens_per_batch`.
+
+    Longest first, so that a batch too large for the device fails at once and not after an hour, and rows of similar
+    length are together.
     """
     batches: list[list[int]] = []
-    longest = 0
+    tokens = longest = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * longest > tokens_per_batch:
+        more = longest if padded and batches else lengths[index]
+        if not batches or tokens + more > tokens_per_batch:
             batches.append([])
-            longest = lengths[index]
+            tokens, longest = 0, lengths[index]
+            more = longest
         batches[-1].append(index)
+        tokens += more
     return batches
 
 
@@ -247,8 +265,12 @@ def load_scorer(
     config, tokenizer = load_config(name, trust_remote_code)
     model = load_model(name, config, dtype, attn_implementation, trust_remote_code)
     model.to(device)
+    no_plans_by_shape()
+    layers = use_fused_layers(model.base_model, device)
     run_head_in_fp32(model)
-    return Scorer(model, tokenizer, max_length, tokens_per_batch, share_prompts)
+    scorer = Scorer(model, tokenizer, max_length, tokens_per_batch, share_prompts)
+    print(f"{name}: {scorer.layout}; {layers}", file=sys.stderr)
+    return scorer
 
 
 def run_head_in_fp32(model: PreTrainedModel) -> None:
