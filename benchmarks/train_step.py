@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py                                  # 7 minutes on two free cores
     python benchmarks/train_step.py --pairs 2 --rounds 1 --max_length 256                       # a quick look
-    python benchmarks/train_step.py --shape 3b --pairs 16 --max_tokens_per_batch 16384          # on a GPU; also MFU
+    python benchmarks/train_step.py --shape 3b --pairs 16                                       # on a GPU; also MFU
 
 One step is forward and backward of the whole loss (reward regression, SFT, KL to a live teacher of the same shape)
 on the same pairs with the same random weights, a vocabulary of 151,936 and no optimizer:
@@ -12,7 +12,8 @@ on the same pairs with the same random weights, a vocabulary of 151,936 and no o
     fast        what the trainer does: `RewardTrainer/train/`
 
 Each runs in a process of its own, one after the other within a round, so that what else the machine does slows all
-three alike; a figure is the median of the ratios within rounds. The first round warms up. Memory is the process's peak
+three alike; a figure is the median of the ratios within rounds. Each round has pairs of its own, as training has: what
+is made anew for lengths that were not seen before must count. The first round warms up. Memory is the process's peak
 resident set (on a GPU, allocated memory) minus that after loading the models; gradients count. The reference takes its
 pairs one at a time and so needs the least memory it can, the competent step --competent_batch at a time. The three
 losses must agree to 1e-3, or nothing is printed.
@@ -44,13 +45,16 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from RewardTrainer.fused_layers import use_fused_layers
+from RewardTrainer.packing import no_plans_by_shape
 from RewardTrainer.train.batches import PairCollator
 from RewardTrainer.train.data import PairFeatures
 from RewardTrainer.train.losses import reward_loss
+from RewardTrainer.train.speed import model_cost, pair_cost, peak_flops
 from RewardTrainer.train.student import LiveTeacher, RewardStudent, choose_layout, reward_head, split_causal_lm
 
 VOCABULARY = 151_936
-SHARED = 151_665  # ids that tokens have; the rest of the vocabulary is padding, as in Qwen2.5
+PADDING = 271  # ids of the vocabulary that no token has, as in Qwen2.5
 SHAPES = {
     "small": {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2},
     "3b": {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2},
@@ -58,13 +62,15 @@ SHAPES = {
 INTERMEDIATE = {"small": 704, "3b": 11_008}
 GOALS = {"reference": (8.0, 0.12), "competent": (1.5, None)}  # speed at least, memory at most
 STEPS = ("reference", "competent", "fast")
-NOMINAL_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # dense bf16
 
 
-def make_pairs(kind: str, args: argparse.Namespace) -> list[PairFeatures]:
-    """Features as `data.encode_pairs` makes them; see the module docstring."""
+def make_rounds(kind: str, args: argparse.Namespace) -> list[list[PairFeatures]]:
+    """Pairs of every round, features as `data.encode_pairs` makes them; see the module docstring."""
     rng = np.random.default_rng(args.seed)
-    texts = file_tokens(args, rng) if kind == "file" else random_tokens(kind, args, rng)
+    count = args.pairs * (args.rounds + 1)
+    texts = file_tokens(args, rng, count) if kind == "file" else random_tokens(kind, args, rng, count)
+    if len(texts) < count:
+        sys.exit(f"{args.pairs_file}: {len(texts)} pairs fit --max_length, {count} are needed")
     pairs = []
     for i, (prompt, chosen, rejected, answer) in enumerate(texts):
         generative = np.concatenate([prompt, answer])
@@ -84,29 +90,29 @@ def make_pairs(kind: str, args: argparse.Namespace) -> list[PairFeatures]:
                 truncated=0,
             )
         )
-    return pairs
+    return [pairs[start : start + args.pairs] for start in range(0, count, args.pairs)]
 
 
-def random_tokens(kind: str, args: argparse.Namespace, rng: np.random.Generator) -> list[list[np.ndarray]]:
+def random_tokens(kind: str, args: argparse.Namespace, rng: np.random.Generator, count: int) -> list[list[np.ndarray]]:
     """Prompt, chosen, rejected and the teacher's answer of each pair."""
 
     def ids(median: float, longest: int) -> np.ndarray:
         length = int(np.clip(rng.lognormal(np.log(median), 0.6), 8, longest))
-        return rng.integers(0, SHARED, length, dtype=np.int32)
+        return rng.integers(0, args.vocabulary - PADDING, length, dtype=np.int32)
 
     pairs = []
-    for _ in range(args.pairs):
+    for _ in range(count):
         prompt = ids(30 if kind == "answers" else 200, args.max_length // 2)
         pairs.append([prompt, *(ids(200, args.max_length - len(prompt)) for _ in range(3))])
     return pairs
 
 
-def file_tokens(args: argparse.Namespace, rng: np.random.Generator) -> list[list[np.ndarray]]:
+def file_tokens(args: argparse.Namespace, rng: np.random.Generator, count: int) -> list[list[np.ndarray]]:
     """The same from texts; a piece's id is a hash of it."""
 
     def ids(text: str) -> np.ndarray:
         pieces = re.findall(r"\w{1,6}|[^\w\s]|\n", text)
-        return np.array([zlib.crc32(piece.encode()) % SHARED for piece in pieces], dtype=np.int32)
+        return np.array([zlib.crc32(piece.encode()) % (args.vocabulary - PADDING) for piece in pieces], dtype=np.int32)
 
     rows = [json.loads(line) for line in args.pairs_file.read_text(encoding="utf-8").splitlines()]
     pairs = []
@@ -114,7 +120,7 @@ def file_tokens(args: argparse.Namespace, rng: np.random.Generator) -> list[list
         prompt, chosen, rejected = (ids(rows[i][name]) for name in ("prompt", "chosen", "rejected"))
         answer = ids(rows[i]["teacher_response"]) if "teacher_response" in rows[i] else chosen[::-1]
         longest = max(map(len, (chosen, rejected, answer)))
-        if len(pairs) < args.pairs and len(prompt) and len(prompt) + longest <= args.max_length:
+        if len(pairs) < count and len(prompt) and len(prompt) + longest <= args.max_length:
             pairs.append([prompt, chosen, rejected, answer])
     return pairs
 
@@ -125,12 +131,13 @@ def file_tokens(args: argparse.Namespace, rng: np.random.Generator) -> list[list
 class Models:
     """Student and teacher with the same random weights in every process, and the three steps."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, fused: bool):
         self.args = args
+        no_plans_by_shape()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         config = Qwen2Config(
-            vocab_size=VOCABULARY,
+            vocab_size=args.vocabulary,
             intermediate_size=INTERMEDIATE[args.shape],
             max_position_embeddings=4096,
             tie_word_embeddings=True,
@@ -146,6 +153,9 @@ class Models:
         self.teacher = LiveTeacher(teacher)
         backbone, language_head = split_causal_lm(self.lm)
         self.student = RewardStudent(backbone, self.score, language_head)
+        if fused:
+            for model in (backbone, teacher.model):
+                use_fused_layers(model, self.device)
         self.layouts = choose_layout("student", backbone, args.layout), choose_layout("teacher", teacher.model, None)
         if args.gradient_checkpointing:
             self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -186,7 +196,7 @@ class Models:
             },
             num_pairs=count,
             teacher=self.teacher.signal_for(**teacher),
-            shared_ids=SHARED,
+            shared_ids=self.args.vocabulary - PADDING,
             chunk_size=self.args.chunk_size,
         )
         chosen, rejected = outputs["rewards"].split(count)
@@ -215,8 +225,8 @@ class Models:
         count = answer.sum(-1)
         labels = ids[:, 1:].masked_fill(~answer, -100)
         nll = F.cross_entropy(sft_logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-        log_q = kl_logits[:, :-1, :SHARED].log_softmax(-1)
-        log_p = teacher[:, :-1, :SHARED].log_softmax(-1)
+        log_q = kl_logits[:, :-1, :-PADDING].log_softmax(-1)
+        log_p = teacher[:, :-1, :-PADDING].log_softmax(-1)
         kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1) * answer
         return (nll.sum(-1) / count + kl.sum(-1) / count).sum()
 
@@ -265,6 +275,7 @@ class Measured:
     seconds: float
     peak: int  # bytes over those after loading
     loss: float
+    mfu: float | None  # teacher's work included
 
 
 def resident(field: str) -> int:
@@ -276,7 +287,9 @@ def resident(field: str) -> int:
 def worker(name: str, args: argparse.Namespace, pipe) -> None:
     """Load the models, then run a step for each list of pairs that comes."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    models = Models(args)
+    models = Models(args, fused=name == "fast")
+    costs = [model_cost(model.backbone, model.language_head) for model in (models.student, models.teacher)]
+    peak = peak_flops(models.device)
     gc.collect()
     cuda = models.device.type == "cuda"
     before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
@@ -292,46 +305,9 @@ def worker(name: str, args: argparse.Namespace, pipe) -> None:
         if cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        pipe.send(Measured(seconds, (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before, loss))
-
-
-def model_flops(args: argparse.Namespace, pairs: list[PairFeatures]) -> float:
-    """Floating-point operations that a step cannot do without: prompts once, the LM head on answers, no recomputation.
-
-    2 a parameter and token forward, 4 backward, and 4 * hidden a layer and pair of positions for causal attention.
-    """
-    shape, total = SHAPES[args.shape], 0.0
-    hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
-    grouped = shape["num_key_value_heads"] / shape["num_attention_heads"]
-    backbone = layers * (hidden**2 * (2 + 2 * grouped) + 3 * hidden * INTERMEDIATE[args.shape])
-    for pair in pairs:
-        prompt = pair["gen_response_start"]
-        rows = [len(pair[name]) for name in ("chosen_input_ids", "rejected_input_ids", "gen_input_ids")]
-        tokens = prompt + sum(row - prompt for row in rows)
-        seen = sum(row**2 for row in rows) / 2 - prompt**2  # pairs of positions; the prompt's own counted once
-        answer = rows[2] - prompt
-        student = 6 * (backbone * tokens + VOCABULARY * hidden * answer) + 3 * 4 * hidden * layers * seen
-        teacher = 2 * (backbone * rows[2] + VOCABULARY * hidden * answer) + 4 * hidden * layers * rows[2] ** 2 / 2
-        total += student + teacher
-    return total
-
-
-def peak_flops() -> tuple[float, str]:
-    """Of this GPU in bf16: its data sheet's where known, else what one large product reaches."""
-    name = torch.cuda.get_device_name()
-    for known, tflops in NOMINAL_TFLOPS.items():
-        if known in name:
-            return 1e12 * tflops, f"{name}, {tflops:.0f} TFLOP/s"
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    for _ in range(3):
-        a @ a
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(20):
-        a @ a
-    torch.cuda.synchronize()
-    reached = 20 * 2 * 8192**3 / (time.perf_counter() - start)
-    return reached, f"{name}, {reached / 1e12:.0f} TFLOP/s in a product of 8192 x 8192"
+        taken = (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before
+        flops = sum(sum(pair_cost(pair, *costs)[1:]) for pair in pairs)
+        pipe.send(Measured(seconds, taken, loss, flops / seconds / peak if peak else None))
 
 
 def parse() -> argparse.Namespace:
@@ -342,10 +318,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pairs_file", type=Path, help="also measure on pairs of this JSONL file")
     parser.add_argument("--max_length", type=int, default=1024, help="what the reference pads to")
     parser.add_argument("--competent_batch", type=int, default=2, help="pairs at a time of the competent step")
-    parser.add_argument("--max_tokens_per_batch", type=int, default=1024, help="token budget of the fast step")
-    parser.add_argument("--chunk_size", type=int, default=128, help="of the fast step; the trainer's default is 256")
+    cuda = torch.cuda.is_available()
+    budget, chunk = (16_384, None) if cuda else (1024, 128)
+    parser.add_argument("--max_tokens_per_batch", type=int, default=budget, help="token budget of the fast step")
+    parser.add_argument("--chunk_size", type=int, default=chunk, help="of the fast step; None: the trainer's default")
     parser.add_argument("--layout", choices=("shared_prefix", "padding_free", "padded"), help="of the fast step")
     parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="number of logits")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--steps", choices=STEPS, nargs="+", default=list(STEPS), help="leave some out")
     parser.add_argument("--seed", type=int, default=0)
@@ -355,7 +334,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     if not torch.cuda.is_available() and "reference" in args.steps:
-        need = 13 * 4 * args.max_length * VOCABULARY  # fp32 logits of a row, 13 times: softmaxes, gradients, ...
+        need = 13 * 4 * args.max_length * args.vocabulary  # fp32 logits of a row, 13 times: softmaxes, gradients, ...
         free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
         if free < need:
             sys.exit(
@@ -371,9 +350,8 @@ def main() -> None:
     ratios: dict[str, float] = {}
     details: dict[str, dict] = {}
     for lengths in [*args.lengths, *(["file"] if args.pairs_file else [])]:
-        pairs = make_pairs(lengths, args)
         rounds: list[dict[str, Measured]] = []
-        for _ in range(args.rounds + 1):
+        for pairs in make_rounds(lengths, args):
             rounds.append({})
             for name in args.steps:
                 pipes[name].send(pairs)
@@ -400,11 +378,10 @@ def main() -> None:
             ratios |= {f"{lengths}_speed_over_{name}": speed, f"{lengths}_memory_of_{name}": memory}
             goals = f"goal {speed_goal:g}" + ("" if memory_goal is None else f" and {memory_goal:g}")
             print(f"fast is {speed:.2f} times as fast as {name} with {memory:.3f} of its memory ({goals})")
-        if torch.cuda.is_available() and "fast" in args.steps:
-            peak, of = peak_flops()
-            seconds = args.pairs / details[f"{lengths}_fast"]["pairs_per_second"]
-            ratios[f"{lengths}_mfu"] = model_flops(args, pairs) / seconds / peak
-            print(f"MFU {ratios[f'{lengths}_mfu']:.1%} of {of} (goal 40 % with --shape 3b)")
+        for name in args.steps:
+            if rounds[0][name].mfu is not None:
+                ratios[f"{lengths}_{name}_mfu"] = statistics.median(each[name].mfu for each in rounds)
+                print(f"{name}: MFU {ratios[f'{lengths}_{name}_mfu']:.1%} of {torch.cuda.get_device_name()}")
     for pipe in pipes.values():
         pipe.send(None)
     load = os.getloadavg()[0]

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from huggingface_hub import ModelCardData
 
 from RewardTrainer.train.arguments import DataArguments, DistilConfig, ModelArguments
@@ -71,6 +72,8 @@ def write_card(
     parts.append(_scale(config, metrics["rewards"]))
     parts += ["## Data", _data(metrics["data"]), _held_out_line(data_args, metrics)]
     parts += ["## Training", _table(("", "value"), _settings(model_args, data_args, args))]
+    if metrics["speed"]:
+        parts.append(_speed(metrics["speed"], args))
     if "after" in metrics:
         parts += ["## Held-out pairs", _before_after(metrics)]
     if metrics.get("calibration"):
@@ -127,6 +130,17 @@ def _settings(model_args: ModelArguments, data_args: DataArguments, args: Distil
     given = args.to_dict() | {"world_size": args.world_size}
     settings |= {name: given[name] for name in HYPERPARAMETERS if name != "max_steps" or given[name] > 0}
     return [(f"`{name}`", _shown(value)) for name, value in settings.items()]
+
+
+def _speed(speed: Mapping, args: DistilConfig) -> str:
+    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "a CPU"
+    line = f"On {args.world_size} x {device}: {_shown(speed['step_seconds'])} s a step, "
+    line += f"{speed['tokens_per_second']:.0f} tokens a second"
+    if "mfu" in speed:
+        line += f", MFU {speed['mfu']:.1%}"
+    if "mfu_with_teacher" in speed:
+        line += f" ({speed['mfu_with_teacher']:.1%} with the teacher's work)"
+    return line + "; medians over the run's logs, but for its first step."
 
 
 def _before_after(metrics: Mapping) -> str:

@@ -44,6 +44,7 @@ from RewardTrainer.train.model_card import write_card
 from RewardTrainer.train.plots import calibration, draw_calibration, draw_curves
 from RewardTrainer.train.quantization import check_4bit
 from RewardTrainer.train.rows import check_file
+from RewardTrainer.train.speed import summary
 from RewardTrainer.train.student import LiveTeacher, choose_layout, runnable
 from RewardTrainer.train.trainer import HELD_OUT_FILE, DistilTrainer, generative_field, last_checkpoint
 from RewardTrainer.train.vocabulary import match_vocabularies
@@ -208,6 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.save_state()
     metrics = {"train": result.metrics, "counts": {"train": dict(train_counts), "eval": dict(eval_counts)}}
     metrics["data"] = statistics
+    metrics["speed"] = summary(trainer.state.log_history, args.device)
     # All metrics are in the scale of training; the export's may be another one.
     metrics["rewards"] = {**scale._asdict(), "pairs": len(measured), "held_out": bool(eval_pairs)}
     metrics["rewards"]["normalized_in_export"] = args.normalize_rewards and scale.std > 0

@@ -8,6 +8,7 @@ as many as a token goes through. Nothing that is computed again counts again (gr
 """
 
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -152,6 +153,17 @@ class Speed(TrainerCallback):
 
     def on_save(self, args, state, control, **_) -> None:
         self.take()
+
+
+def summary(history: Sequence[Mapping], device: torch.device) -> dict[str, float]:
+    """For `metrics.json`: medians over a run's logs of what `DistilTrainer.speed_since_last_log` gives, and the first
+    rank's peak_memory_bytes on a GPU. Empty for a run of a single step."""
+    names = ("step_seconds", "tokens_per_second", "mfu", "mfu_with_teacher")
+    values = {name: [log[name] for log in history if name in log] for name in names}
+    medians = {name: statistics.median(of) for name, of in values.items() if of}
+    if device.type == "cuda":
+        medians["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    return medians
 
 
 def pair_cost(feature: Mapping, student: ModelCost, teacher: ModelCost | None) -> tuple[int, float, float]:
