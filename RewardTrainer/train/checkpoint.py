@@ -49,6 +49,7 @@ from RewardTrainer.train.student import (
     MLP_WIDTH,
     LanguageHead,
     RewardStudent,
+    float32_layers,
     plain_loading,
     reward_head,
     split_causal_lm,
@@ -315,7 +316,11 @@ def save_student(
     scale: the student's rewards as measured, for config.json; normalize: fold it into the exported head.
     """
     output_dir = Path(output_dir)
-    state = student.state_dict() if state is None else state
+    state = student.state_dict() if state is None else dict(state)
+    for name, layer in float32_layers(student).items():  # of which DeepSpeed's 16-bit modes gather rounded copies
+        state |= {
+            f"{name}.{part}": master.to(state[f"{name}.{part}"].device) for part, master in layer.masters.items()
+        }
     if scale is not None and normalize:
         state, scale = normalized(state, student.head, scale)
     if has_adapters(student):

@@ -29,6 +29,7 @@ import torch
 from accelerate.utils import DistributedType, gather_object
 from huggingface_hub import HfApi
 from transformers import EvalPrediction, Trainer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from distiller.records import InputError
 from RewardTrainer.eval.metrics import gap_margin_agreement
@@ -42,7 +43,7 @@ from RewardTrainer.train.interruption import RUN_FILE, SaveOnSigterm
 from RewardTrainer.train.lora import has_adapters, save_adapters
 from RewardTrainer.train.losses import center_loss, check_weights, loss_spec, reward_loss
 from RewardTrainer.train.speed import Speed, peak_flops
-from RewardTrainer.train.student import LiveTeacher
+from RewardTrainer.train.student import LiveTeacher, float32_layers
 from RewardTrainer.train.token_budget import TokenBudget
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,11 @@ class DistilTrainer(Trainer):
         self.speed = Speed(self.model, teacher if isinstance(teacher, LiveTeacher) else None)
         dtypes = {parameter.dtype for parameter in self.model.backbone.parameters() if parameter.is_floating_point()}
         self.peak_flops = peak_flops(self.args.device, self.args.bf16 or self.args.fp16 or torch.float32 not in dtypes)
+        # The reward head's own, where DeepSpeed will round them; see `student.Float32Linear`.
+        self._masters_wait = self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16)
+        if self._masters_wait:
+            for layer in float32_layers(self.model).values():
+                layer.masters = {n: p.detach().float().clone() for n, p in layer.named_parameters(recurse=False)}
         self._broken: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.settings = settings or {}
         self.held_out_pairs: dict[str, np.ndarray | None] = {}
@@ -134,6 +140,9 @@ class DistilTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward for each micro-batch; gradients are synchronized with the last one alone."""
         batches = list(self.micro_batches(inputs["features"]))
+        if self._masters_wait:
+            self.follow_masters() if self.state.global_step else self.set_masters()
+            self._masters_wait = False
         state = self.accelerator.gradient_state
         sync, total = state.sync_gradients, 0.0
         self.budget.begin()
@@ -143,11 +152,33 @@ class DistilTrainer(Trainer):
             engine = self.accelerator.distributed_type == DistributedType.DEEPSPEED  # it goes by `sync_gradients`
             with nullcontext() if last or engine else self.accelerator.no_sync(model):
                 total = total + super().training_step(model, batch, num_items_in_batch)
+        if sync:
+            self.follow_masters()
         self.check_finite()
         self.speed.step_ended(inputs["features"], whole=sync)
         if self.budget.end(max(batch["input_ids"].numel() for batch in batches)) is not None:
             logger.info("step %d: forwards of at most %d tokens from here", self.state.global_step, self.budget.tokens)
         return total
+
+    def set_masters(self) -> None:
+        """Give the optimizer the head's fp32 weights as they were before DeepSpeed rounded its copies."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for layer in float32_layers(self.accelerator.unwrap_model(self.model)).values():
+            for name, master in layer.masters.items():
+                parameter = getattr(layer, name)
+                # ZeRO-3 sets only what ranks divide evenly; a bias of one number is 0, in any precision.
+                if not is_deepspeed_zero3_enabled() or master.numel() % self.args.world_size == 0:
+                    safe_set_full_fp32_param(parameter, master.to(parameter.device))
+        self.follow_masters()
+
+    def follow_masters(self) -> None:
+        """Let the head compute with the optimizer's fp32 weights, where DeepSpeed's copies have 16 bits."""
+        for layer in float32_layers(self.accelerator.unwrap_model(self.model)).values():
+            for name in layer.masters:
+                from deepspeed.utils import safe_get_full_fp32_param  # once imported, it chooses its accelerator
+
+                layer.masters[name] = safe_get_full_fp32_param(getattr(layer, name)).detach().clone()
 
     def check_finite(self) -> None:
         """Raises FloatingPointError, on all ranks, where a loss since the last call was not finite.
@@ -371,6 +402,7 @@ class DistilTrainer(Trainer):
         """The Trainer would look for the module's own names in a file that has a stock model's."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
+            self.follow_masters()
         else:
             logger.info("best model: %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
             checkpoint.load_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
