@@ -7,9 +7,9 @@
 
 Runs `scripts/train_distilrm.sh --config configs/train/paper.yaml` for `--steps` steps on pairs that are all different:
 lengths log-normal, answers of median 200 tokens under prompts of median 30 (`--lengths prompts`: under prompts as long
-as answers). Then `train_step.py` takes the same pairs through the bare step, with no optimizer, launcher or data
-loader around it, and the ratio says what those cost. What is printed comes from what the trainer itself writes,
-`metrics.json` and the log of every step:
+as answers). Then, unless flags are passed on, `train_step.py` takes the same pairs through the bare step, with no
+optimizer, launcher or data loader around it, and the ratio says what those cost. What is printed comes from what the
+trainer itself writes, `metrics.json` and the log of every step:
 
     pairs/s, MFU       over all steps but the first, in which kernels are compiled
     first step         its seconds
@@ -204,7 +204,7 @@ def main() -> None:
             print(f", on {torch.cuda.get_device_name()}")
         if "peak_memory_bytes" in speed:
             print(f"peak memory {speed['peak_memory_bytes'] / 2**30:.1f} GiB")
-        if args.teacher_shape is None:
+        if args.teacher_shape is None and not more:
             bare = bare_step(args, work)
             ratios["of_train_step"] = pairs / bare
             print(f"{ratios['of_train_step']:.2f} of the bare step's {bare:.2f} pairs/s")
