@@ -22,6 +22,8 @@ if [[ -z "${WORK:-}" ]]; then
   WORK="$(mktemp -d)"
   trap 'rm -rf "$WORK"' EXIT
 fi
+shape="${SHAPE:-3b}"
+patience="$([[ "$shape" == 3b ]] && echo 1 || echo 10)" # seconds are a GPU's
 : >"$out/figures.jsonl"
 
 # NAME SECONDS COMMAND...: its output in a log, its last line of JSON, if there is one, among the figures
@@ -29,7 +31,7 @@ take() {
   local name="$1" limit="$2" code=0 start=$SECONDS
   shift 2
   echo "== $name: $*"
-  timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
+  timeout --kill-after=10 $((limit * patience)) "$@" >"$out/$name.log" 2>&1 || code=$?
   tail -n 12 "$out/$name.log" | cut -c1-300
   "$python" - "$name" "$code" $((SECONDS - start)) "$out/$name.log" >>"$out/figures.jsonl" <<'PYTHON'
 import json
@@ -55,7 +57,6 @@ for name in "torch triton transformers trl deepspeed accelerate liger-kernel fla
     except metadata.PackageNotFoundError:
         print(name, "is not installed")
 '
-shape="${SHAPE:-3b}"
 train="$python benchmarks/train_run.py --shape $shape --work_dir $WORK"
 evaluate="$python benchmarks/eval_rm.py --pairs $WORK/pairs.jsonl --repeats 2"
 [[ "$shape" == 3b ]] && evaluate+=" --shape 3b --dtype bfloat16 --rows 100" || evaluate+=" --rows 20"

@@ -29,6 +29,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from distiller.records import InputError, dump_line, parse_columns
 from RewardTrainer.fused_layers import use_fused_layers
+from RewardTrainer.memory import memory_for, memory_of, weights_gib
 from RewardTrainer.packing import no_plans_by_shape
 from RewardTrainer.train.arguments import DTYPES, DistilConfig, ModelArguments, parse
 from RewardTrainer.train.batches import Layout, PairCollator
@@ -52,6 +53,8 @@ from RewardTrainer.train.vocabulary import match_vocabularies
 logger = logging.getLogger("RewardTrainer")
 
 STATISTICS_PAIRS = 256  # whose rewards' mean and deviation go to config.json: held-out ones, else trained ones
+STUDENT_REMEDY = "Less is needed with --dtype bfloat16, --use_peft --load_in_4bit, or ZERO=3 on several GPUs."
+TEACHER_REMEDY = "Less is needed with --teacher_dtype bfloat16, and none with --teacher_logprobs."
 REPORTS = ("metrics.json", "README.md", "curves.png", "calibration.png")
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "RewardTrainer" / "configs" / "train"
@@ -148,7 +151,8 @@ def main(arguments: list[str] | None = None) -> None:
         **load_args,
     )
     if args.device.type == "cuda" and not (args.fsdp or model_args.load_in_4bit or is_deepspeed_zero3_enabled()):
-        student.to(args.device)  # where it is tried below
+        with memory_for(f"the student of {weights_gib(student):.1f} GiB", STUDENT_REMEDY, args.device):
+            student.to(args.device)  # where it is tried below
     if args.save_lm and student.language_head is None:
         raise InputError("--save_lm: this student started from a reward model and has no LM head")
     if model_args.use_peft:
@@ -156,9 +160,13 @@ def main(arguments: list[str] | None = None) -> None:
         add_adapters(student, *lora)
     teacher = cached
     if kl_weight and cached is None:
-        teacher = LiveTeacher.load(
-            model_args.teacher_model, args.device, dtype=DTYPES[model_args.teacher_dtype], **code, **load_args
-        )
+        with memory_for(f"the teacher {model_args.teacher_model} beside the student", TEACHER_REMEDY, args.device):
+            teacher = LiveTeacher.load(
+                model_args.teacher_model, args.device, dtype=DTYPES[model_args.teacher_dtype], **code, **load_args
+            )
+    if args.device.type == "cuda":
+        beside = f", teacher {weights_gib(teacher.backbone):.1f} GiB" if isinstance(teacher, LiveTeacher) else ""
+        logger.info("memory: student %.1f GiB%s; %s", weights_gib(student), beside, memory_of(args.device))
 
     layout = prepare("student", student.backbone, args)
     teacher_layout = prepare("teacher", teacher.backbone, args) if isinstance(teacher, LiveTeacher) else "padded"

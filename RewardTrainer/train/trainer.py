@@ -33,6 +33,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from distiller.records import InputError
 from RewardTrainer.eval.metrics import gap_margin_agreement
+from RewardTrainer.memory import memory_for
 from RewardTrainer.packing import to_device
 from RewardTrainer.train import checkpoint
 from RewardTrainer.train.batches import PairCollator, list_features, split_to
@@ -150,7 +151,8 @@ class DistilTrainer(Trainer):
             last = i == len(batches) - 1
             state._set_sync_gradients(sync and last)
             engine = self.accelerator.distributed_type == DistributedType.DEEPSPEED  # it goes by `sync_gradients`
-            with nullcontext() if last or engine else self.accelerator.no_sync(model):
+            here = memory_for(self._forward_of(batch), self._less_memory(), self.args.device)
+            with here, nullcontext() if last or engine else self.accelerator.no_sync(model):
                 total = total + super().training_step(model, batch, num_items_in_batch)
         if sync:
             self.follow_masters()
@@ -159,6 +161,25 @@ class DistilTrainer(Trainer):
         if self.budget.end(max(batch["input_ids"].numel() for batch in batches)) is not None:
             logger.info("step %d: forwards of at most %d tokens from here", self.state.global_step, self.budget.tokens)
         return total
+
+    def _forward_of(self, batch: dict) -> str:
+        pairs, tokens = len(batch["labels"]), batch["input_ids"].numel()
+        return f"step {self.state.global_step}, a forward and backward pass of {pairs} pairs, {tokens} tokens"
+
+    def _less_memory(self) -> str:
+        """Flags that need less, those that are not set."""
+        flags = []
+        if self.budget.tokens is None or self.budget.tokens > 1024:
+            flags.append(
+                f"--max_tokens_per_batch {min(self.budget.tokens or 8192, 8192) // 2} (the result is the same)"
+            )
+        if not self.args.gradient_checkpointing:
+            flags.append("--gradient_checkpointing true")
+        if isinstance(self.teacher, LiveTeacher):
+            flags.append("--teacher_logprobs in place of the teacher")
+        if not is_deepspeed_zero3_enabled():
+            flags.append("ZERO=3 on several GPUs")
+        return f"Less is needed with {', '.join([*flags, '--use_peft', 'a smaller --max_length'])}."
 
     def set_masters(self) -> None:
         """Give the optimizer the head's fp32 weights as they were before DeepSpeed rounded its copies."""

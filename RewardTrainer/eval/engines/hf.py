@@ -34,6 +34,7 @@ from RewardTrainer.eval.engines.base import Encoded
 from RewardTrainer.eval.engines.encoding import ChatEncoder, resolve_max_length
 from RewardTrainer.eval.engines.loading import load_config, load_model, resolve_dtype
 from RewardTrainer.fused_layers import use_fused_layers
+from RewardTrainer.memory import memory_for, weights_gib
 from RewardTrainer.packing import no_plans_by_shape, pack, packed_length, run_packed, to_device
 from RewardTrainer.packing_trial import Verdict, judge
 
@@ -41,6 +42,8 @@ HEADS = ("score", "classifier")
 """Names under which models keep the head that turns hidden states into rewards."""
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
 """Tokens of a batch: what a CPU's caches hold (benchmarks/eval_rm.py), what keeps a GPU busy."""
+
+LESS_MEMORY = "Less is needed with smaller --tokens_per_batch, --dtype bfloat16, or a smaller --max_length."
 
 
 class Unit(NamedTuple):
@@ -98,7 +101,9 @@ class Scorer(ChatEncoder):
         waiting: tuple[list[Unit], torch.Tensor] | None = None
         for indices in plan_batches([unit.length for unit in units], self.tokens_per_batch, padded=not self.packs):
             batch = [units[index] for index in indices]
-            rewards = self.forward(rows, batch)
+            tokens = sum(unit.length for unit in batch)
+            with memory_for(f"a batch of {len(batch)} rows, {tokens} tokens", LESS_MEMORY, self.model.device):
+                rewards = self.forward(rows, batch)
             if waiting is not None:
                 yield from _read(*waiting)
             waiting = batch, rewards
@@ -264,7 +269,8 @@ def load_scorer(
     dtype = resolve_dtype(dtype, on_gpu=device.type == "cuda")
     config, tokenizer = load_config(name, trust_remote_code)
     model = load_model(name, config, dtype, attn_implementation, trust_remote_code)
-    model.to(device)
+    with memory_for(f"{name}, {weights_gib(model):.1f} GiB", "Take --dtype bfloat16 or --engine vllm.", device):
+        model.to(device)
     no_plans_by_shape()
     layers = use_fused_layers(model.base_model, device)
     run_head_in_fp32(model)
