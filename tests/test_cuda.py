@@ -95,23 +95,32 @@ def test_fused_layers_are_the_models_own_in_states_and_gradients(dtype):
 
 
 def test_a_training_step_waits_for_the_gpu_once_at_most(tmp_path):
+    """From the moment that the data loader is asked: two batches, then their forward and backward passes."""
     student = tiny_model(tmp_path / "student", hidden=128)
     teacher = tiny_model(tmp_path / "teacher", hidden=128, seed=1)
-    trainer = make_trainer(student, tmp_path, pair_rows(32), teacher, max_steps=6, bf16=True, logging_steps=1000)
-    stock, waits = trainer.training_step, []
+    trainer = make_trainer(
+        student, tmp_path, pair_rows(64), teacher, max_steps=6, bf16=True, logging_steps=1000,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    waits: list[list[str]] = []
 
-    def watched(*arguments):
-        torch.cuda.set_sync_debug_mode("warn")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            loss = stock(*arguments)
-        torch.cuda.set_sync_debug_mode("default")
-        waits.append([str(warning.message) for warning in caught if "synchroniz" in str(warning.message)])
-        return loss
+    def watched(stock):
+        def call(*arguments):
+            torch.cuda.set_sync_debug_mode("warn")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                result = stock(*arguments)
+            torch.cuda.set_sync_debug_mode("default")
+            waits[-1] += [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+            return result
 
-    trainer.training_step = watched
+        return call
+
+    fetch = watched(trainer.get_batch_samples)
+    trainer.get_batch_samples = lambda *arguments: (waits.append([]), fetch(*arguments))[1]
+    trainer.training_step = watched(trainer.training_step)
     trainer.train()
-    assert max(map(len, waits[2:])) <= 1, waits
+    assert len(waits) == 6 and max(map(len, waits[2:])) <= 1, waits
 
 
 @pytest.mark.parametrize("precision", [[], ["--bf16", "true"]], ids=["fp32", "bf16"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from train_fixtures import make_trainer, pair_rows, tiny_model
+from train_fixtures import make_trainer, pair_rows, tiny_model, write_cache
 from transformers import AutoModel, MistralConfig, Qwen2MoeConfig
 
 from RewardTrainer.train import speed
@@ -109,7 +109,13 @@ def test_a_gpu_of_which_nothing_is_known_has_no_peak_and_a_known_one_has_its_own
         ("NVIDIA H200", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA L40S", 362e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
         ("GeForce 256", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(cuda) == peak
@@ -141,6 +147,14 @@ def test_the_log_has_the_speed_of_the_steps_between_two_logs_and_no_mfu_where_no
         assert json.dumps(logs)
 
 
+def test_the_first_step_is_in_no_log_however_many_batches_it_has(models, tmp_path):
+    more = {"max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(models["student"], tmp_path, pair_rows(12), loss_type="bt", **more)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert ["step_seconds" in log for log in logs] == [False, True, True]
+
+
 # ---------------------------------------------------------------- waiting for the device
 
 WAITS = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "is_nonzero", "equal", "unique")
@@ -164,17 +178,27 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("layout", ["shared_prefix", "padding_free"])
-@pytest.mark.parametrize("loss_type", ["distilrm", "bt", "steerlm"])
-def test_a_step_reads_from_its_device_only_at_its_end_whether_all_losses_were_finite(
-    models, tmp_path, layout, loss_type
+@pytest.mark.parametrize("terms", ["distilrm", "distilrm, cached", "bt", "steerlm"])
+def test_an_optimizer_step_reads_from_its_device_only_at_its_end_whether_all_losses_were_finite(
+    models, tmp_path, layout, terms
 ):
+    rows, (loss_type, *cached), more = pair_rows(6), terms.split(", "), {}
+    if cached:
+        more["cached"] = write_cache(tmp_path / "cache", rows, models["student"], models["teacher"], 8)
     trainer = make_trainer(
-        models["student"], tmp_path, pair_rows(6), models["teacher"], loss_type=loss_type, layout=layout,
-        max_tokens_per_batch=200,
+        models["student"], tmp_path, rows, models["teacher"], loss_type=loss_type, layout=layout,
+        max_tokens_per_batch=100, **more,
     )  # fmt: skip
-    assert len(list(trainer.micro_batches(trainer.train_dataset))) > 1
-    inputs, pairs = {"labels": torch.ones(6), "features": list(trainer.train_dataset)}, torch.tensor(6)
-    trainer.training_step(trainer.model, inputs, pairs)  # what is made once and kept
+    batches = [{"labels": torch.ones(3), "features": trainer.train_dataset[start : start + 3]} for start in (0, 3)]
+
+    def optimizer_step() -> None:
+        inputs, pairs = trainer.get_batch_samples(iter(batches), 2, trainer.args.device)
+        assert all(len(batch["groups"]) > 1 for batch in inputs)
+        for last, batch in enumerate(inputs):
+            trainer.accelerator.gradient_state._set_sync_gradients(bool(last))
+            trainer.training_step(trainer.model, batch, pairs)
+
+    optimizer_step()  # what is made once and kept
     with Waits() as waits:
-        trainer.training_step(trainer.model, inputs, pairs)
+        optimizer_step()
     assert waits.seen == ["_local_scalar_dense"], waits.seen

@@ -10,6 +10,7 @@ from train_fixtures import make_trainer, pair_rows, tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from RewardTrainer.train.losses import LOSSES
+from RewardTrainer.train.token_budget import TokenBudget
 from RewardTrainer.train.trainer import DistilTrainer, last_checkpoint
 
 ONE_SGD_STEP = {"optim": "sgd", "max_steps": 1, "max_grad_norm": 0, "learning_rate": 0.05, "warmup_steps": 0}
@@ -277,14 +278,27 @@ def test_trainer_checkpoint_is_a_stock_reward_model_that_keeps_the_language_head
     assert not (checkpoint / "training_args.bin").exists()
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_names_the_rows(models, tmp_path):
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 1), (1, 4)])
+def test_loss_that_is_not_finite_stops_the_run_before_its_step_and_names_the_rows(
+    models, tmp_path, batch_size, accumulation
+):
     rows = pair_rows(4)
     rows[2]["margin"] = 1e30
     trainer = make_trainer(
-        models["tied"], tmp_path, rows, loss_type="margin_regression", per_device_train_batch_size=2
-    )
-    with pytest.raises(FloatingPointError, match=rows[2]["id"]):
+        models["tied"], tmp_path, rows, loss_type="margin_regression", per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    with pytest.raises(FloatingPointError, match=rf"\['{rows[2]['id']}'\]"):
         trainer.train()
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+def test_the_token_budget_sees_a_step_once_and_only_when_it_is_whole(models, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(TokenBudget, "end", lambda self, tokens: seen.append(tokens))
+    more = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    make_trainer(models["tied"], tmp_path, pair_rows(12), loss_type="bt", **more).train()
+    assert len(seen) == 3
 
 
 def test_held_out_rewards_that_are_not_finite_are_no_metrics(models, tmp_path):

@@ -207,6 +207,8 @@ class DistilConfig(TrainingArguments):
             self.use_cpu = True
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
         super().__post_init__()
+        if not self.use_cpu:
+            self.accelerator_config.non_blocking = True  # the data loader would wait for all that is under way
         check_weights(self.loss_type, self.sft_weight, self.kl_weight, self.margin_scale)
         if not 0 <= self.reward_weight < float("inf"):
             raise InputError(f"--reward_weight {self.reward_weight}: must be a finite number, 0 or above")

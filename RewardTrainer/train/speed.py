@@ -8,6 +8,7 @@ as many as a token goes through. Nothing that is computed again counts again (gr
 """
 
 import math
+import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -21,12 +22,15 @@ from RewardTrainer.packing import prefix_tree
 from RewardTrainer.train.batches import rows_of
 from RewardTrainer.train.student import LiveTeacher, RewardStudent
 
-# Dense bf16, from data sheets, by what torch.cuda.get_device_name has in it; the first that fits counts.
+# Dense bf16, from data sheets, by words of torch.cuda.get_device_name; the first that fits counts.
 PEAK_TFLOPS = {
-    **{"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "H800": 989.0, "GH200": 989.0},
-    **{"B200": 2250.0, "B100": 1750.0, "A100": 312.0, "A800": 312.0, "A10G": 70.0, "A10": 125.0, "A40": 149.7},
-    **{"L40S": 362.0, "L40": 181.0, "L4": 121.0, "RTX 6000 Ada": 364.0, "RTX A6000": 155.0, "RTX 4090": 165.2},
+    **{"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200 NVL": 835.0, "H200": 989.0, "GH200": 989.0},
+    **{"H800 PCIe": 756.0, "H800": 989.0, "B200": 2250.0, "B100": 1750.0, "A100": 312.0, "A800": 312.0},
+    **{"A10G": 70.0, "A10": 125.0, "A40": 149.7, "L40S": 362.0, "L40": 181.0, "L4": 121.0},
+    **{"RTX 6000 Ada": 364.0, "RTX A6000": 155.0, "RTX 4090": 165.2},
 }
+OTHERS = re.compile(r"\b(MIG|Laptop|D)\b")
+"""Of a part of such a card, or of a slower one under its name, no peak is known."""
 
 
 def peak_flops(device: torch.device, low_precision: bool = True) -> float | None:
@@ -34,7 +38,10 @@ def peak_flops(device: torch.device, low_precision: bool = True) -> float | None
     if device.type != "cuda" or not low_precision:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((1e12 * tflops for known, tflops in PEAK_TFLOPS.items() if known in name), None)
+    if OTHERS.search(name):
+        return None
+    # Whole words: an RTX A1000 is no A100.
+    return next((1e12 * tflops for known, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 @dataclass(frozen=True)
@@ -125,10 +132,11 @@ class Speed(TrainerCallback):
         self.since: float | None = None
         self.steps, self.tokens, self.student_flops, self.teacher_flops = 0, 0, 0.0, 0.0
 
-    def step_ended(self, features: Sequence[Mapping], whole: bool) -> None:
-        """The device has finished these pairs; whole: and with them an optimizer step."""
+    def batch_ended(self, features: Sequence[Mapping], whole: bool) -> None:
+        """These pairs have been handed to the device; whole: it has finished them, and with them an optimizer step."""
         if self.since is None:
-            self.since = time.perf_counter()
+            if whole:
+                self.since = time.perf_counter()
             return
         self.steps += whole
         for feature in features:

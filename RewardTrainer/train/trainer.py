@@ -6,21 +6,23 @@ ranks (by DDP and DeepSpeed alike). So each micro-batch returns
 
     sum of its pairs' losses * ranks / pairs of the whole step
 
-and a ragged last micro-batch weighs what it holds. The number of pairs is gathered over ranks before the step's first
-forward.
+and a ragged last micro-batch weighs what it holds. The number of pairs is known, over all ranks, before the step's
+first forward.
 
 The pairs that the data loader hands out at once go through the model in as many forwards as the token budget asks for
 (`--max_tokens_per_batch`, or `token_budget.py`). Which pairs make a step, and their mean, stay what they are. All
 ranks take the same number of forwards, the largest that one of them needs.
 
-The host waits for the device once a step, after the last backward pass, when it reads whether all losses were finite.
-Until then it only hands out work: nothing before that may read a number from the device.
+The host waits for the device once an optimizer step, after the last backward pass, when it reads whether all losses
+were finite. Until then it only hands out work: nothing before that may read a number from the device, or copy one
+there from memory that is not pinned. Several ranks exchange numbers twice more: before the first forward how many
+pairs and forwards each has, and after the step whether one was told to stop (`interruption.py`).
 """
 
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -115,10 +117,25 @@ class DistilTrainer(Trainer):
     # One step
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The step's micro-batches, and the number of pairs in them over all ranks."""
+        """What the data loader hands out for a step, each with the `groups` its pairs are cut into, and the number of
+        pairs in all of it over all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        pairs = torch.tensor(sum(len(batch["labels"]) for batch in batches), device=device)
-        return batches, self.accelerator.gather(pairs).sum()
+        groups, pairs = self.cut([batch["features"] for batch in batches])
+        return [batch | {"groups": own} for batch, own in zip(batches, groups, strict=True)], pairs
+
+    def cut(self, batches: Sequence[Sequence[dict]]) -> tuple[list[list[list[dict]]], int]:
+        """The pairs of each batch in as many groups as the token budget asks for, as many as on every other rank; and
+        the number of pairs over all ranks. All ranks must have equally many batches."""
+        groups = [[list(features)] for features in batches]
+        if self.budget.tokens is not None:
+            groups = [self.collate.micro_batches(features, self.budget.tokens) for features in batches]
+        pairs = sum(map(len, batches))
+        if self.args.world_size > 1:
+            counts = torch.tensor([[pairs, *map(len, groups)]], device=self.args.device)
+            pairs_of_ranks, *counts = zip(*self.accelerator.gather(counts).tolist(), strict=True)
+            groups = [split_to(own, max(count)) for own, count in zip(groups, counts, strict=True)]
+            pairs = sum(pairs_of_ranks)
+        return groups, pairs
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         """To the device. Margins keep fp32: the Trainer would cast them to DeepSpeed's 16-bit type."""
@@ -127,28 +144,19 @@ class DistilTrainer(Trainer):
             for name, value in inputs.items()
         }
 
-    def micro_batches(self, features: Sequence[dict]) -> Iterator[dict]:
-        """The pairs in as many batches as the token budget asks for, the same number on every rank."""
-        groups = [list(features)]
-        if self.budget.tokens is not None:
-            groups = self.collate.micro_batches(features, self.budget.tokens)
-            if self.args.world_size > 1:
-                count = torch.tensor(len(groups), device=self.args.device)
-                groups = split_to(groups, int(self.accelerator.gather(count).max()))
-        for group in groups:
-            yield self.collate(group)
-
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward and backward for each micro-batch; gradients are synchronized with the last one alone."""
-        batches = list(self.micro_batches(inputs["features"]))
+        """Forward and backward for each group of `get_batch_samples`; gradients are synchronized with the last one
+        alone. A group is made a batch while the device is at work on the one before."""
         if self._masters_wait:
             self.follow_masters() if self.state.global_step else self.set_masters()
             self._masters_wait = False
-        state = self.accelerator.gradient_state
-        sync, total = state.sync_gradients, 0.0
+        state, groups = self.accelerator.gradient_state, inputs["groups"]
+        sync, total, largest = state.sync_gradients, 0.0, 0
         self.budget.begin()
-        for i, batch in enumerate(batches):
-            last = i == len(batches) - 1
+        for i, group in enumerate(groups):
+            batch = self.collate(group)
+            largest = max(largest, batch["input_ids"].numel())
+            last = i == len(groups) - 1
             state._set_sync_gradients(sync and last)
             engine = self.accelerator.distributed_type == DistributedType.DEEPSPEED  # it goes by `sync_gradients`
             here = memory_for(self._forward_of(batch), self._less_memory(), self.args.device)
@@ -156,9 +164,9 @@ class DistilTrainer(Trainer):
                 total = total + super().training_step(model, batch, num_items_in_batch)
         if sync:
             self.follow_masters()
-        self.check_finite()
-        self.speed.step_ended(inputs["features"], whole=sync)
-        if self.budget.end(max(batch["input_ids"].numel() for batch in batches)) is not None:
+            self.check_finite()
+        self.speed.batch_ended(inputs["features"], whole=sync)
+        if sync and self.budget.end(largest) is not None:
             logger.info("step %d: forwards of at most %d tokens from here", self.state.global_step, self.budget.tokens)
         return total
 
@@ -318,8 +326,9 @@ class DistilTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """No loss (it would be averaged over batches, ragged or not) but a matrix (pairs, columns), then gathered."""
         parts, order = [], []
-        for batch in self.micro_batches(inputs["features"]):
-            batch = self._prepare_inputs(batch)
+        ((groups,), _) = self.cut([inputs["features"]])
+        for group in groups:
+            batch = self._prepare_inputs(self.collate(group))
             with torch.no_grad(), self.compute_loss_context_manager():
                 terms = self.pair_terms(model, batch)
             missing = torch.full_like(terms["chosen"], math.nan)
