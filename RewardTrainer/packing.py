@@ -24,10 +24,12 @@ a forward carries `segments`, and for nothing else:
 Which of them is right for a model is seen on trial (`packing_trial.py`), never assumed.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -157,28 +159,44 @@ class Segments:
                 last[ancestor] = max(last[ancestor], ends[own])
         return np.repeat(np.array(last, dtype=np.int32), self.lengths)
 
-    def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
-        """FlexAttention's mask of the tokens and of the filling behind them, which sees itself."""
-        key = ("blocks", window)
+    def tree(self, window: int | None, device: torch.device) -> "Tree":
+        """What FlexAttention's mask is made of: of the tokens, and of the filling behind them, which sees itself."""
+        key = ("tree", window)
         if key not in self._cache:
             length = filled(len(self.positions))
             fill = length - len(self.positions)
             until = np.pad(self.until(), (0, fill), constant_values=length)
             positions = np.pad(self.positions.astype(np.int32), (0, fill))
-            tables = [
-                _of_any_length(table, device)
-                for dense in block_tables(until, positions, window)
-                for side in (dense, dense.T)  # by queries, and by keys for the backward pass
-                for table in _listed(side)
-            ]
-            names = ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices")
-            self._cache[key] = BlockMask(
-                seq_lengths=(length, length),
-                **dict(zip((*names, *(f"full_{name}" for name in names)), tables, strict=True)),
-                BLOCK_SIZE=(BLOCK, BLOCK),
-                mask_mod=tree_mask(_of_any_length(until, device), _of_any_length(positions, device), window),
+            partial_and_full = block_tables(until, positions, window)
+            # By queries, and by keys for the backward pass.
+            tables = [table for dense in partial_and_full for side in (dense, dense.T) for table in _listed(side)]
+            seen_back = None if window is None else np.array(window, dtype=np.int32)
+            self._cache[key] = Tree(
+                *(None if part is None else _of_any_length(part, device) for part in (until, positions, seen_back)),
+                *(_of_any_length(table, device) for table in tables),
             )
         return self._cache[key]
+
+
+class Tree(NamedTuple):
+    """Tensors that say who sees whom in a packed batch filled up to N tokens, n blocks; all int32.
+
+    until, positions (N,): see `Segments`. window (): the sliding one; None: none. The others are FlexAttention's
+    tables of the blocks where some queries see some keys, and (`full_`) of those where all see all: how many a block of
+    queries (1, 1, n), and which (1, 1, n, n), and the same for blocks of keys.
+    """
+
+    until: torch.Tensor
+    positions: torch.Tensor
+    window: torch.Tensor | None
+    kv_num_blocks: torch.Tensor
+    kv_indices: torch.Tensor
+    q_num_blocks: torch.Tensor
+    q_indices: torch.Tensor
+    full_kv_num_blocks: torch.Tensor
+    full_kv_indices: torch.Tensor
+    full_q_num_blocks: torch.Tensor
+    full_q_indices: torch.Tensor
 
 
 def filled(length: int) -> int:
@@ -186,8 +204,9 @@ def filled(length: int) -> int:
     return BLOCK * max(2, -(-length // BLOCK))
 
 
-def tree_mask(until: torch.Tensor, positions: torch.Tensor, window: int | None) -> Callable:
-    """FlexAttention's `mask_mod`: whether query q sees key k; until, positions (N,) of `Segments`."""
+def block_mask(length: int, tree: Tree) -> BlockMask:
+    """FlexAttention's mask of N = length tokens: query q sees key k where k <= q < until[k], inside the window."""
+    until, positions, window, *_ = tree
 
     def seen(batch, head, q, k):
         return (k <= q) & (q < until[k])
@@ -195,7 +214,18 @@ def tree_mask(until: torch.Tensor, positions: torch.Tensor, window: int | None) 
     def seen_through_a_window(batch, head, q, k):
         return (k <= q) & (q < until[k]) & (positions[q] - positions[k] < window)
 
-    return seen if window is None else seen_through_a_window
+    return BlockMask(
+        seq_lengths=(length, length),
+        kv_num_blocks=tree.kv_num_blocks,
+        kv_indices=tree.kv_indices,
+        full_kv_num_blocks=tree.full_kv_num_blocks,
+        full_kv_indices=tree.full_kv_indices,
+        q_num_blocks=tree.q_num_blocks,
+        q_indices=tree.q_indices,
+        full_q_num_blocks=tree.full_q_num_blocks,
+        full_q_indices=tree.full_q_indices,
+        mask_mod=seen if window is None else seen_through_a_window,
+    )
 
 
 def block_tables(until: np.ndarray, positions: np.ndarray, window: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -279,15 +309,25 @@ def segment_attention(
     return by_segment[kernel_of(module.config, query.device)](stock, module, query, key, value, segments, **options)
 
 
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tree: Tree) -> torch.Tensor:
+    """FlexAttention over a tree: (1, heads, N, d) each -> (1, heads, N, d). To be compiled.
+
+    The mask is made in here, where its length is that of the queries: taken from outside it would be a number, and
+    every other number another kernel.
+    """
+    mask = block_mask(query.shape[2], tree)
+    return flex_attention(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
+
+
 @cache
-def compiled_flex_attention(backend: str = "inductor") -> Callable:
-    """FlexAttention for all lengths at once.
+def compiled_attend(backend: str = "inductor") -> Callable:
+    """`attend` for the lengths that `flex_by_segment` marks as any.
 
     `fullgraph`: past dynamo's limit of variants it would go on uncompiled, with all N x N scores in memory. Their
     number is that of models, precisions, windows and modes of a process, and may well be over the usual 8.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=backend)
+    return torch.compile(attend, fullgraph=True, backend=backend)
 
 
 def flex_by_segment(
@@ -298,14 +338,15 @@ def flex_by_segment(
         raise RuntimeError("FlexAttention has no attention dropout")
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave queries and keys in fp32
         query, key, value = (part.to(torch.get_autocast_dtype(query.device.type)) for part in (query, key, value))
-    output = compiled_flex_attention()(
-        query,
-        key,
-        value,
-        block_mask=segments.block_mask(sliding_window, query.device),
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    width = query.shape[3]
+    if scaling is not None and not math.isclose(scaling, width**-0.5):  # a number of its own would be an input, not
+        query = query * (scaling * width**0.5)  # part of the kernel
+    for part in (query, key, value):
+        # The length is any, all else fixed: heads of student and teacher are not to be taken for something varying.
+        torch._dynamo.mark_dynamic(part, 2)
+        for dim in (0, 1, 3):
+            torch._dynamo.mark_static(part, dim)
+    output = compiled_attend()(query, key, value, segments.tree(sliding_window, query.device))
     return output.transpose(1, 2), None
 
 

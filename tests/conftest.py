@@ -115,7 +115,7 @@ def flex_on_cpu(monkeypatch):
     from RewardTrainer import packing
 
     monkeypatch.setattr(packing, "FLEX_DEVICES", {"cpu"})
-    monkeypatch.setattr(packing, "compiled_flex_attention", partial(packing.compiled_flex_attention, "aot_eager"))
+    monkeypatch.setattr(packing, "compiled_attend", partial(packing.compiled_attend, "aot_eager"))
     monkeypatch.setattr(flex_attention, "_validate_device", lambda query, key, value: None)
 
 

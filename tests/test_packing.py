@@ -7,11 +7,13 @@ import pytest
 import torch
 from packing_fixtures import MODELS, build
 from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import create_block_mask
 
 from RewardTrainer import packing
 from RewardTrainer.packing import (
     BLOCK,
     MIN_SHARED,
+    block_mask,
     flash_by_segment,
     pack,
     prefix_tree,
@@ -37,7 +39,7 @@ def random_pairs(rng: random.Random, vocabulary: int = 97) -> list[list[np.ndarr
     return pairs
 
 
-def tree(pairs: list[list[np.ndarray]], places: list[list[np.ndarray]], window: int | None) -> np.ndarray:
+def visible(pairs: list[list[np.ndarray]], places: list[list[np.ndarray]], window: int | None) -> np.ndarray:
     """(N, N) bool, the mask by its definition: a token sees those before it in a row of its own, the window's last."""
     count = 1 + max(int(place.max()) for where in places for place in where)
     seen = np.zeros((count, count), dtype=bool)
@@ -131,9 +133,10 @@ def test_block_mask_is_the_tree_mask_and_leaves_out_no_block_with_a_token_in_it(
             [np.arange(230) % 97, np.concatenate([np.arange(200) % 97, np.arange(90)])]
         )  # several blocks a piece
         _, positions, segments, places = pack(pairs, share)
-        seen = tree(pairs, places, window)
-        blocks = segments.block_mask(window, torch.device("cpu"))
-        length = blocks.seq_lengths[0]
+        seen = visible(pairs, places, window)
+        tree = segments.tree(window, torch.device("cpu"))
+        length = len(tree.until)
+        blocks = block_mask(length, tree)
         assert length % BLOCK == 0 and length >= max(len(seen), 2 * BLOCK)
 
         tokens = torch.arange(length)
@@ -153,6 +156,10 @@ def test_block_mask_is_the_tree_mask_and_leaves_out_no_block_with_a_token_in_it(
             whole, some = (getattr(by_block, test)((2, 3)).transpose(axes) for test in ("all", "any"))
             assert all(whole[place] for place in listed["full_"])
             assert {tuple(place) for place in np.argwhere(some).tolist()} <= listed[""] | listed["full_"]
+            if window is None:  # as torch itself makes them, from all pairs of tokens
+                theirs = create_block_mask(blocks.mask_mod, 1, 1, length, length, device="cpu")
+                for name in (f"{full}{side}_{part}" for full in ("", "full_") for part in ("num_blocks", "indices")):
+                    assert torch.equal(getattr(blocks, name), getattr(theirs, name))
             if window is None:  # exact, and no whole block pays for its mask but on the diagonal
                 assert {tuple(place) for place in np.argwhere(some).tolist()} == listed[""] | listed["full_"]
                 assert {tuple(place) for place in np.argwhere(whole).tolist()} == listed["full_"]

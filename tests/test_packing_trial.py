@@ -53,17 +53,18 @@ def test_experts_that_count_the_tokens_they_get_are_accepted(dtype):
 
 def leaking_branch(model, monkeypatch):
     """Tokens of a branch also see the branch before it."""
-    init, mask = packing.Segments.__init__, packing.tree_mask
+    init, tree = packing.Segments.__init__, packing.Segments.tree
 
     def leak(self, lengths, paths, positions):
         last = len(paths) - 1
         init(self, lengths, (*paths[:-1], (*paths[last][:-1], last - 1, last)), positions)
 
-    def leak_to_the_end(until, positions, window):
-        return mask(until.index_fill(0, torch.tensor([180]), len(until)), positions, window)
+    def leak_to_the_end(self, window, device):
+        own = tree(self, window, device)
+        return own._replace(until=own.until.index_fill(0, torch.tensor([180]), len(own.until)))
 
     monkeypatch.setattr(packing.Segments, "__init__", leak)
-    monkeypatch.setattr(packing, "tree_mask", leak_to_the_end)
+    monkeypatch.setattr(packing.Segments, "tree", leak_to_the_end)
 
 
 def cut_off_branches(model, monkeypatch):
@@ -88,9 +89,9 @@ def positions_that_run_on(model, monkeypatch):
 
 def window_ignored(model, monkeypatch):
     """Attention is told of the window and does not mind it."""
-    mask, tree_mask = packing.Segments.mask, packing.tree_mask
+    mask, tree = packing.Segments.mask, packing.Segments.tree
     monkeypatch.setattr(packing.Segments, "mask", lambda self, q, k, window, device: mask(self, q, k, None, device))
-    monkeypatch.setattr(packing, "tree_mask", lambda until, positions, window: tree_mask(until, positions, None))
+    monkeypatch.setattr(packing.Segments, "tree", lambda self, window, device: tree(self, None, device))
 
 
 def tokens_mixed(model, monkeypatch):
