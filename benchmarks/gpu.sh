@@ -65,8 +65,15 @@ take train_run_checkpointing 120 $train --steps 20 -- --gradient_checkpointing t
 take eval_rm 90 $evaluate
 take tests 150 "$python" -m pytest -q -m cuda tests/test_cuda.py
 take train_step 90 "$python" benchmarks/train_step.py --shape "$shape" --pairs 16 --rounds 3 --steps competent fast --lengths answers
+# The embedded example: stages 1 and 2 where vLLM is, else a loss that needs neither.
+example=(train_rm.sh)
+if "$python" -c 'import vllm' 2>/dev/null; then
+  take refine 120 "$python" refine/refine_response_vllm.py --limit 300 --output "$WORK/refined.jsonl"
+  take score 120 "$python" score/cali_score_vllm.py --input "$WORK/refined.jsonl" --output "$WORK/scored.jsonl"
+  example=(train_distilrm.sh --train_file "$WORK/scored.jsonl")
+fi
 for precision in false true; do
-  take "example_bf16_$precision" 60 bash RewardTrainer/scripts/train_rm.sh --max_steps 200 --bf16 "$precision" \
+  take "example_bf16_$precision" 60 bash RewardTrainer/scripts/"${example[@]}" --max_steps 200 --bf16 "$precision" \
     --output_dir "$WORK/example_$precision" --save_strategy no
   take "example_eval_bf16_$precision" 60 bash RewardTrainer/scripts/eval_rm.sh --model "$WORK/example_$precision" \
     --output_dir "$WORK/example_eval_$precision"

@@ -22,6 +22,7 @@ from transformers.utils import is_liger_kernel_available
 from RewardTrainer.fused_layers import use_fused_layers
 from RewardTrainer.packing import kernel_of, pack, run_packed, serve_segments
 from RewardTrainer.packing_trial import distance, judge, padded_states, trial_rows
+from RewardTrainer.train.student import choose_layout
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 CUDA = torch.device("cuda")
@@ -68,6 +69,23 @@ def test_nothing_is_compiled_for_another_length():
         packed_states(model, pairs).sum().backward()
         graphs.append(counters["stats"]["unique_graphs"] - before)
     assert not any(graphs[1:]), graphs
+
+
+def test_the_choices_of_attention_give_one_loss_packed_where_they_can_be(tmp_path):
+    student = tiny_model(tmp_path / "student", hidden=128)
+    layouts, losses = {}, {}
+    for name in ("sdpa", "flex_attention", "eager"):
+        trainer = make_trainer(student, tmp_path, pair_rows(6), loss_type="bt")
+        trainer.model.to(CUDA)
+        trainer.model.backbone.set_attn_implementation(name)
+        layouts[name] = trainer.collate.layout = choose_layout("student", trainer.model.backbone, None)
+        batch = trainer._prepare_inputs(trainer.collate(trainer.train_dataset))
+        losses[name] = trainer.compute_loss(
+            trainer.model, batch, num_items_in_batch=torch.tensor(6, device=CUDA)
+        ).item()
+    assert layouts == {"sdpa": "shared_prefix", "flex_attention": "shared_prefix", "eager": "padded"}
+    assert losses["flex_attention"] == pytest.approx(losses["sdpa"], abs=1e-4)
+    assert losses["eager"] == pytest.approx(losses["sdpa"], abs=1e-4)
 
 
 @pytest.mark.skipif(not is_liger_kernel_available(), reason="needs liger-kernel")
