@@ -182,8 +182,8 @@ class Tree(NamedTuple):
     """Tensors that say who sees whom in a packed batch filled up to N tokens, n blocks; all int32.
 
     until, positions (N,): see `Segments`. window (): the sliding one; None: none. The others are FlexAttention's
-    tables of the blocks where some queries see some keys, and (`full_`) of those where all see all: how many a block of
-    queries (1, 1, n), and which (1, 1, n, n), and the same for blocks of keys.
+    tables of the blocks where some queries see some keys, and (`full_`) of those where all see all: how many a block
+    of queries (1, 1, n), and which (1, 1, n, n), and the same for blocks of keys.
     """
 
     until: torch.Tensor

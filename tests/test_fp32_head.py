@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_train_launch import launch
 from train_fixtures import pair_rows, tiny_model, write_rows
 
-from RewardTrainer.train.student import Float32Linear
+from RewardTrainer.train.fp32_head import Float32Linear
 
 # A step of 1e-4 times a gradient of order 1 is far under a bf16 unit of weights of 0.02 to 1.
 STEPS = [

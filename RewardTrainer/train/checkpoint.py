@@ -42,6 +42,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from distiller.records import InputError
 from RewardTrainer.train import modeling_mlp_reward
+from RewardTrainer.train.fp32_head import float32_layers
 from RewardTrainer.train.lora import has_adapters, load_adapters, merged_state, plain_names, save_adapters
 from RewardTrainer.train.modeling_mlp_reward import MLPRewardForSequenceClassification
 from RewardTrainer.train.quantization import load_args_4bit, settle
@@ -49,7 +50,6 @@ from RewardTrainer.train.student import (
     MLP_WIDTH,
     LanguageHead,
     RewardStudent,
-    float32_layers,
     plain_loading,
     reward_head,
     split_causal_lm,

@@ -30,6 +30,7 @@ from distiller.records import InputError
 from RewardTrainer.packing import Segments, run_packed
 from RewardTrainer.packing_trial import judge
 from RewardTrainer.train.batches import Layout
+from RewardTrainer.train.fp32_head import Float32Linear
 from RewardTrainer.train.generative import GenerativeTerms, TeacherSignal, generative_losses
 
 logger = logging.getLogger(__name__)
@@ -38,36 +39,6 @@ MLP_WIDTH = 1024  # hidden layer of the MLP head, as in the paper's code
 
 # Config attributes with which a causal LM of the library changes its logits after the LM head.
 LOGIT_SCALES = {"logit_scale": lambda value: value, "logits_scaling": lambda value: 1 / value}
-
-
-class Float32Linear(nn.Linear):
-    """A linear layer whose product is in fp32 under autocast too, with weights that are fp32 whatever trains the rest.
-
-    DeepSpeed's 16-bit modes hold a 16-bit copy of every weight in the model and the fp32 one, which learns, in the
-    optimizer. `masters` (by parameter name) are then that one's values, and what the layer computes with; gradients go
-    to the 16-bit copies, as everywhere. The casts are inside `forward` because ZeRO-3 gathers a module's weights only
-    there. Masters are no parameters nor buffers: nothing but `DistilTrainer.follow_masters` moves or casts them.
-    """
-
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self.masters: dict[str, torch.Tensor] = {}
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(input.device.type, enabled=False):
-            return F.linear(input.float(), self._fp32("weight"), None if self.bias is None else self._fp32("bias"))
-
-    def _fp32(self, name: str) -> torch.Tensor:
-        own = getattr(self, name).float()
-        if name not in self.masters:
-            return own
-        # The master's value and the parameter's gradient; the difference is exact, one being the other rounded.
-        return own + (self.masters[name].to(own.device) - own).detach()
-
-
-def float32_layers(student: nn.Module) -> dict[str, Float32Linear]:
-    """The reward head's layers, by their names in the student."""
-    return {name: module for name, module in student.named_modules() if isinstance(module, Float32Linear)}
 
 
 def reward_head(kind: str, hidden_size: int, std: float = 0.02) -> nn.Module:

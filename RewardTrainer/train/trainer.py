@@ -41,12 +41,13 @@ from RewardTrainer.train import checkpoint
 from RewardTrainer.train.batches import PairCollator, list_features, split_to
 from RewardTrainer.train.cached_teacher import CachedTeacher
 from RewardTrainer.train.data import PairFeatures
+from RewardTrainer.train.fp32_head import follow_masters, hold_masters, set_masters
 from RewardTrainer.train.generative import compact_shared
 from RewardTrainer.train.interruption import RUN_FILE, SaveOnSigterm
 from RewardTrainer.train.lora import has_adapters, save_adapters
 from RewardTrainer.train.losses import center_loss, check_weights, loss_spec, reward_loss
 from RewardTrainer.train.speed import Speed, peak_flops
-from RewardTrainer.train.student import LiveTeacher, float32_layers
+from RewardTrainer.train.student import LiveTeacher
 from RewardTrainer.train.token_budget import TokenBudget
 
 logger = logging.getLogger(__name__)
@@ -101,11 +102,9 @@ class DistilTrainer(Trainer):
         self.speed = Speed(self.model, teacher if isinstance(teacher, LiveTeacher) else None)
         dtypes = {parameter.dtype for parameter in self.model.backbone.parameters() if parameter.is_floating_point()}
         self.peak_flops = peak_flops(self.args.device, self.args.bf16 or self.args.fp16 or torch.float32 not in dtypes)
-        # The reward head's own, where DeepSpeed will round them; see `student.Float32Linear`.
-        self._masters_wait = self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16)
+        self._masters_wait = self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16)  # see `fp32_head.py`
         if self._masters_wait:
-            for layer in float32_layers(self.model).values():
-                layer.masters = {n: p.detach().float().clone() for n, p in layer.named_parameters(recurse=False)}
+            hold_masters(self.model)
         self._broken: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.settings = settings or {}
         self.held_out_pairs: dict[str, np.ndarray | None] = {}
@@ -148,7 +147,8 @@ class DistilTrainer(Trainer):
         """Forward and backward for each group of `get_batch_samples`; gradients are synchronized with the last one
         alone. A group is made a batch while the device is at work on the one before."""
         if self._masters_wait:
-            self.follow_masters() if self.state.global_step else self.set_masters()
+            student = self.accelerator.unwrap_model(self.model)
+            follow_masters(student) if self.state.global_step else set_masters(student, self.args.world_size)
             self._masters_wait = False
         state, groups = self.accelerator.gradient_state, inputs["groups"]
         sync, total, largest = state.sync_gradients, 0.0, 0
@@ -163,7 +163,7 @@ class DistilTrainer(Trainer):
             with here, nullcontext() if last or engine else self.accelerator.no_sync(model):
                 total = total + super().training_step(model, batch, num_items_in_batch)
         if sync:
-            self.follow_masters()
+            follow_masters(self.accelerator.unwrap_model(self.model))
             self.check_finite()
         self.speed.batch_ended(inputs["features"], whole=sync)
         if sync and self.budget.end(largest) is not None:
@@ -188,26 +188,6 @@ class DistilTrainer(Trainer):
         if not is_deepspeed_zero3_enabled():
             flags.append("ZERO=3 on several GPUs")
         return f"Less is needed with {', '.join([*flags, '--use_peft', 'a smaller --max_length'])}."
-
-    def set_masters(self) -> None:
-        """Give the optimizer the head's fp32 weights as they were before DeepSpeed rounded its copies."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        for layer in float32_layers(self.accelerator.unwrap_model(self.model)).values():
-            for name, master in layer.masters.items():
-                parameter = getattr(layer, name)
-                # ZeRO-3 sets only what ranks divide evenly; a bias of one number is 0, in any precision.
-                if not is_deepspeed_zero3_enabled() or master.numel() % self.args.world_size == 0:
-                    safe_set_full_fp32_param(parameter, master.to(parameter.device))
-        self.follow_masters()
-
-    def follow_masters(self) -> None:
-        """Let the head compute with the optimizer's fp32 weights, where DeepSpeed's copies have 16 bits."""
-        for layer in float32_layers(self.accelerator.unwrap_model(self.model)).values():
-            for name in layer.masters:
-                from deepspeed.utils import safe_get_full_fp32_param  # once imported, it chooses its accelerator
-
-                layer.masters[name] = safe_get_full_fp32_param(getattr(layer, name)).detach().clone()
 
     def check_finite(self) -> None:
         """Raises FloatingPointError, on all ranks, where a loss since the last call was not finite.
@@ -432,7 +412,7 @@ class DistilTrainer(Trainer):
         """The Trainer would look for the module's own names in a file that has a stock model's."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
-            self.follow_masters()
+            follow_masters(self.accelerator.unwrap_model(self.model))
         else:
             logger.info("best model: %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
             checkpoint.load_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
