@@ -25,6 +25,7 @@ Which of them is right for a model is seen on trial (`packing_trial.py`), never 
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -326,6 +327,8 @@ def compiled_attend(backend: str = "inductor") -> Callable:
     `fullgraph`: past dynamo's limit of variants it would go on uncompiled, with all N x N scores in memory. Their
     number is that of models, precisions, windows and modes of a process, and may well be over the usual 8.
     """
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        raise RuntimeError("FlexAttention must be compiled, and TORCHDYNAMO_DISABLE=1 says not to")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(attend, fullgraph=True, backend=backend)
 

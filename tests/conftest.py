@@ -114,6 +114,7 @@ def flex_on_cpu(monkeypatch):
 
     from RewardTrainer import packing
 
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # of an earlier test with vLLM in this process
     monkeypatch.setattr(packing, "FLEX_DEVICES", {"cpu"})
     monkeypatch.setattr(packing, "compiled_attend", partial(packing.compiled_attend, "aot_eager"))
     monkeypatch.setattr(flex_attention, "_validate_device", lambda query, key, value: None)

@@ -178,3 +178,9 @@ def test_forward_whose_attention_never_saw_the_segments_is_an_error():
     ids, positions, segments, _ = pack([[np.arange(1, 9)]], share=True)
     with pytest.raises(RuntimeError, match="--layout padded"):
         run_packed(model, ids, positions, segments)
+
+
+def test_flex_attention_that_may_not_be_compiled_is_not_run_uncompiled(flex_on_cpu, monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    monkeypatch.setattr(packing, "compiled_attend", packing.compiled_attend.func.__wrapped__)
+    assert "TORCHDYNAMO_DISABLE" in judge(build(MODELS["qwen2"]), runnable=True).reason

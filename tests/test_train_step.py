@@ -54,7 +54,9 @@ def plain_joint_loss(lm, score: torch.Tensor, teacher, trainer: DistilTrainer) -
         ids, start = torch.as_tensor(pair["teacher_input_ids"]).long(), pair["teacher_response_start"]
         with torch.no_grad():
             teacher_logits = teacher(input_ids=ids[None]).logits[0, start - 1 : -1]
-        shared = trainer.shared_ids.nonzero()[:, 0]
+        # The first ids of both, or those of a mask.
+        shared = trainer.shared_ids
+        shared = torch.arange(shared) if isinstance(shared, int) else shared.nonzero()[:, 0]
         p = (teacher_logits[:, shared] / 2).softmax(-1)
         q = (logits[:, shared] / 2).softmax(-1)
         losses.append(loss + 0.7 * 4 * (p * (p / q).log()).sum(-1).mean())
