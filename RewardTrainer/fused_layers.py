@@ -4,13 +4,15 @@ A decoder layer's norms, SwiGLU and rotary embeddings are many small kernels tha
 nothing; each becomes one. Losses are not liger's: ours never hold the logits (`train/generative.py`).
 """
 
+import sys
+
 import torch
 from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
 from distiller.records import InputError
-from RewardTrainer.packing_trial import FACTOR, distance, padded_states, rounding, trial_rows
+from RewardTrainer.packing_trial import FACTOR, FLOOR, distance, padded_states, rounding, trial_rows
 
 NO_LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
@@ -26,7 +28,8 @@ def use_fused_layers(
 
     device: where the model is to run. wanted: None takes them on a GPU where liger-kernel is installed and knows the
     model. options: its own switches (rope, rms_norm, swiglu, ...). runnable: whether it can be called there now.
-    Raises InputError where they are wanted and cannot be had, or give other states than the model's own layers do.
+    Where they fail, or give other states than the model's own layers do, the model is as it was. Raises InputError
+    where they are wanted all the same.
     """
     if wanted is False:
         return "the model's own layers, as asked"
@@ -36,24 +39,46 @@ def use_fused_layers(
             raise InputError(f"--use_liger_kernel: {reason}; train without it")
         return f"the model's own layers ({reason})"
     rows = trial_rows(backbone.config.get_text_config().vocab_size)
-    training = backbone.training
+    training, before = backbone.training, _as_it_is(backbone)
     backbone.eval()
-    if runnable:
-        own = _states(backbone, rows)
-        with rounding(backbone):
-            spread = distance(_states(backbone, rows), own)
-    apply_liger_kernel(backbone, (options or {}) | NO_LOSSES)
-    if runnable:
-        apart = distance(_states(backbone, rows), own)
-        if not apart <= FACTOR * spread:
-            raise InputError(
-                f"liger-kernel changes what {type(backbone).__name__} computes: its states are {apart:.2g} off, and "
-                f"rounding alone makes {spread:.2g}; use --use_liger_kernel false"
-            )
-    backbone.train(training)
-    return "liger-kernel's layers" + (
-        f", {apart:.2g} from the model's own (rounding: {spread:.2g})" if runnable else ""
-    )
+    try:
+        if runnable:
+            own = _states(backbone, rows)
+            with rounding(backbone):
+                spread = FLOOR + distance(_states(backbone, rows), own)
+        apply_liger_kernel(backbone, (options or {}) | NO_LOSSES)
+        done = "liger-kernel's layers"
+        if runnable:
+            apart = distance(_states(backbone, rows), own)
+            done += f", {apart:.2g} from the model's own (rounding: {spread:.2g})"
+            if not apart <= FACTOR * spread:
+                reason = f"liger-kernel changes what {type(backbone).__name__} computes: {apart:.2g}, not {spread:.2g}"
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, AttributeError, ImportError) as fault:  # it does not fit this model, or machine
+        reason = f"liger-kernel failed on {type(backbone).__name__}: {str(fault).strip().partition(chr(10))[0]}"
+    finally:
+        backbone.train(training)
+    if reason is None:
+        return done
+    _restore(before)
+    if wanted:
+        raise InputError(f"--use_liger_kernel: {reason}; train without it")
+    return f"the model's own layers ({reason})"
+
+
+def _as_it_is(backbone: PreTrainedModel) -> list[tuple[dict, dict]]:
+    """What liger-kernel changes in place, each with a copy: the modules' attributes, and the names in their file."""
+    modules = [*backbone.modules()]
+    files = {id(vars(file)): vars(file) for module in modules if (file := sys.modules.get(type(module).__module__))}
+    return [(space, dict(space)) for space in (*(module.__dict__ for module in modules), *files.values())]
+
+
+def _restore(before: list[tuple[dict, dict]]) -> None:
+    for space, old in before:
+        for name in space.keys() - old.keys():
+            del space[name]
+        space.update(old)
 
 
 def _why_not(backbone: PreTrainedModel, device: torch.device) -> str | None:

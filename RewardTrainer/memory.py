@@ -14,7 +14,8 @@ GIB = 2**30
 def weights_gib(model: nn.Module) -> float:
     """GiB of a model's parameters and buffers, shared ones once."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / GIB
+    # ZeRO-3 holds a part of each here.
+    return sum(getattr(t, "ds_numel", t.numel()) * t.element_size() for t in tensors.values()) / GIB
 
 
 def memory_of(device: torch.device) -> str:

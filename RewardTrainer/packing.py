@@ -339,6 +339,10 @@ def flex_by_segment(
     """All segments in one call of FlexAttention; the queries are whole blocks (`run_packed` fills them up)."""
     if dropout:
         raise RuntimeError("FlexAttention has no attention dropout")
+    # As transformers' own functions do: sdpa ignores a soft cap, flex_attention has it; sinks are in neither of ours.
+    softcap = options.get("softcap") if module.config._attn_implementation == "flex_attention" else None
+    if softcap is not None or options.get("s_aux") is not None or options.get("position_bias") is not None:
+        raise RuntimeError("soft caps, attention sinks and position biases are not served on packed rows")
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave queries and keys in fp32
         query, key, value = (part.to(torch.get_autocast_dtype(query.device.type)) for part in (query, key, value))
     width = query.shape[3]

@@ -197,10 +197,8 @@ def main() -> None:
         print(f"{statistics.fmean(log['tokens_per_second'] for log in logs if 'step_seconds' in log):.0f} tokens/s")
         print(f"first step {first:.1f} s; slowest step after the tenth {slowest:.2f} times their median")
         if "mfu" in speed:
-            print(
-                f"MFU {speed['mfu']:.1%} of the student, {speed['mfu_with_teacher']:.1%} with the teacher's work",
-                end="",
-            )
+            both = speed.get("mfu_with_teacher", speed["mfu"])
+            print(f"MFU {speed['mfu']:.1%} of the student, {both:.1%} with a live teacher's work", end="")
             print(f", on {torch.cuda.get_device_name()}")
         if "peak_memory_bytes" in speed:
             print(f"peak memory {speed['peak_memory_bytes'] / 2**30:.1f} GiB")

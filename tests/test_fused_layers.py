@@ -11,6 +11,7 @@ from train_fixtures import pair_rows, tiny_model, write_rows
 
 from distiller.records import InputError
 from RewardTrainer import fused_layers
+from RewardTrainer.packing_trial import padded_states, trial_rows
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -40,8 +41,15 @@ def test_layers_that_compute_something_else_are_refused_and_those_that_only_roun
         assert "from the model's own" in fused_layers.use_fused_layers(model, torch.device("cpu"))
         assert model.training
         monkeypatch.setattr(fused_layers, "apply_liger_kernel", replace_norms(by=1.3))
-        with pytest.raises(InputError, match="changes what Qwen2Model computes.*--use_liger_kernel false"):
-            fused_layers.use_fused_layers(build(MODELS["qwen2"]).to(dtype), torch.device("cpu"))
+        model, rows = build(MODELS["qwen2"]).to(dtype), trial_rows(97)
+        with torch.no_grad():
+            own = padded_states(model, rows)
+            said = fused_layers.use_fused_layers(model, torch.device("cpu"))
+            assert said.startswith("the model's own layers (liger-kernel changes what Qwen2Model computes")
+            for before, after in zip(own, padded_states(model, rows), strict=True):
+                assert torch.equal(before, after)
+        with pytest.raises(InputError, match="--use_liger_kernel: .*changes what Qwen2Model.*train without it"):
+            fused_layers.use_fused_layers(model, torch.device("cpu"), wanted=True)
 
 
 @pytest.mark.parametrize("wanted", ["true", "false"])

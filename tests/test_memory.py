@@ -1,5 +1,6 @@
 """Where a GPU's memory ends, one line says for what there was none, and which flags need less."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_training_without_memory_ends_with_the_step_its_tokens_and_the_flags_tha
     assert done.returncode == 1, done.stderr
     said = next(line for line in done.stderr.splitlines() if "error: " in line)  # perhaps behind a progress bar
     assert "error: out of memory: step 3, a forward and backward pass of 4 pairs, " in said
-    assert "--max_tokens_per_batch 2048 (the result is the same), --gradient_checkpointing true" in said
+    assert re.search(r"--max_tokens_per_batch \d+ \(the result is the same\), --gradient_checkpointing true", said)
     assert "--teacher_logprobs in place of the teacher" in said
     assert "Traceback (most recent call last)" not in done.stderr or ranks > 1  # the launcher's own
 

@@ -42,7 +42,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from distiller.records import InputError
 from RewardTrainer.train import modeling_mlp_reward
-from RewardTrainer.train.fp32_head import float32_layers
+from RewardTrainer.train.fp32_head import with_masters
 from RewardTrainer.train.lora import has_adapters, load_adapters, merged_state, plain_names, save_adapters
 from RewardTrainer.train.modeling_mlp_reward import MLPRewardForSequenceClassification
 from RewardTrainer.train.quantization import load_args_4bit, settle
@@ -316,11 +316,7 @@ def save_student(
     scale: the student's rewards as measured, for config.json; normalize: fold it into the exported head.
     """
     output_dir = Path(output_dir)
-    state = student.state_dict() if state is None else dict(state)
-    for name, layer in float32_layers(student).items():  # of which DeepSpeed's 16-bit modes gather rounded copies
-        state |= {
-            f"{name}.{part}": master.to(state[f"{name}.{part}"].device) for part, master in layer.masters.items()
-        }
+    state = with_masters(student, student.state_dict() if state is None else state)
     if scale is not None and normalize:
         state, scale = normalized(state, student.head, scale)
     if has_adapters(student):

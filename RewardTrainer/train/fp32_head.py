@@ -3,13 +3,14 @@
 A reward near 8 has steps of 1/32 in bf16, and weights of 0.02 do not move by steps of 1e-5. Under autocast that is
 mended by leaving the head out of it. DeepSpeed's 16-bit modes cast every parameter of a model and hold the fp32 one,
 which learns, in the optimizer. So there the head computes with copies of the optimizer's weights, taken anew after
-each step: `hold_masters` before the engine casts, `set_masters` before the first step, `follow_masters` after each one
-and after a checkpoint was loaded. Gradients pass through 16 bits, as everywhere.
+each step: `hold_masters` before the engine casts, `MastersAtStart` before the first step, `follow_masters` after each
+one. Gradients pass through 16 bits, as everywhere.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 
@@ -46,6 +47,26 @@ def hold_masters(student: nn.Module) -> None:
     """Keep the head's weights as they are now, and compute with them."""
     for layer in float32_layers(student).values():
         layer.masters = {n: p.detach().float().clone() for n, p in layer.named_parameters(recurse=False)}
+
+
+def with_masters(student: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The student's state, as DeepSpeed gathers it in 16 bits, with the masters in place of their rounded copies."""
+    state = dict(state)
+    for name, layer in float32_layers(student).items():
+        state |= {
+            f"{name}.{part}": master.to(state[f"{name}.{part}"].device) for part, master in layer.masters.items()
+        }
+    return state
+
+
+class MastersAtStart(TrainerCallback):
+    """Once the engine stands, and has loaded its checkpoint where there is one, whether or not a step follows."""
+
+    def on_train_begin(self, args, state, control, model=None, **_) -> None:
+        if state.global_step:
+            follow_masters(model)
+        else:
+            set_masters(model, args.world_size)
 
 
 def set_masters(student: nn.Module, world_size: int) -> None:

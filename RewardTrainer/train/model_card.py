@@ -72,7 +72,7 @@ def write_card(
     parts.append(_scale(config, metrics["rewards"]))
     parts += ["## Data", _data(metrics["data"]), _held_out_line(data_args, metrics)]
     parts += ["## Training", _table(("", "value"), _settings(model_args, data_args, args))]
-    if metrics["speed"]:
+    if "step_seconds" in metrics["speed"]:
         parts.append(_speed(metrics["speed"], args))
     if "after" in metrics:
         parts += ["## Held-out pairs", _before_after(metrics)]

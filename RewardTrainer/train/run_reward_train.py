@@ -150,6 +150,9 @@ def main(arguments: list[str] | None = None) -> None:
         **student_source,
         **load_args,
     )
+    if args.device.type == "cuda" and args.deepspeed and (args.bf16 or args.fp16):
+        for part in filter(None, (student.backbone, student.language_head)):  # as DeepSpeed will, and less to move
+            part.to(torch.bfloat16 if args.bf16 else torch.float16)
     if args.device.type == "cuda" and not (args.fsdp or model_args.load_in_4bit or is_deepspeed_zero3_enabled()):
         with memory_for(f"the student of {weights_gib(student):.1f} GiB", STUDENT_REMEDY, args.device):
             student.to(args.device)  # where it is tried below
@@ -292,7 +295,7 @@ def prepare(name: str, backbone: PreTrainedModel, args: DistilConfig) -> Layout:
     """Layers and layout that a model trains with, each tried in the precision of training, and said in the log."""
     whole = runnable(backbone) and backbone.device.type == args.device.type
     dtype = torch.bfloat16 if args.bf16 else torch.float16
-    with torch.autocast(args.device.type, dtype, enabled=(args.bf16 or args.fp16) and whole):
+    with torch.autocast(args.device.type, dtype, enabled=(args.bf16 or args.fp16) and whole and not args.deepspeed):
         layers = use_fused_layers(backbone, args.device, args.use_liger_kernel, args.liger_kernel_config, whole)
         logger.info("%s: %s", name, layers)
         return choose_layout(name, backbone, args.layout, args.device)
@@ -383,6 +386,11 @@ def program() -> NoReturn:
         main()
     except InputError as fault:
         print(f"error: {fault}", file=sys.stderr)
+        code = 1
+    except torch.OutOfMemoryError as fault:
+        said = str(fault).partition(". ")[0]
+        remedy = "--gradient_checkpointing true, a smaller --max_tokens_per_batch, --teacher_logprobs, or --use_peft"
+        print(f"error: out of memory: {said}. Less is needed with {remedy}.", file=sys.stderr)
         code = 1
     except Interrupted:
         code = EXIT_CODE

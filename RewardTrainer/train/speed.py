@@ -92,7 +92,7 @@ def model_cost(backbone: PreTrainedModel, head: nn.Module | None) -> ModelCost:
     embeddings = {id(module.weight) for module in backbone.modules() if isinstance(module, nn.Embedding)}
     weights = frozen = 0.0
     for name, parameter in backbone.named_parameters():
-        if parameter.dim() < 2 or id(parameter) in embeddings:
+        if len(getattr(parameter, "ds_shape", parameter.shape)) < 2 or id(parameter) in embeddings:
             continue
         count = _numbers(parameter) * (share if ".experts." in name else 1.0)
         weights += count
@@ -164,8 +164,8 @@ class Speed(TrainerCallback):
 
 
 def summary(history: Sequence[Mapping], device: torch.device) -> dict[str, float]:
-    """For `metrics.json`: medians over a run's logs of what `DistilTrainer.speed_since_last_log` gives, and the first
-    rank's peak_memory_bytes on a GPU. Empty for a run of a single step."""
+    """For `metrics.json`: medians over a run's logs of what `DistilTrainer.speed_since_last_log` gives, none of which
+    are there for a run of few steps, and the first rank's peak_memory_bytes on a GPU."""
     names = ("step_seconds", "tokens_per_second", "mfu", "mfu_with_teacher")
     values = {name: [log[name] for log in history if name in log] for name in names}
     medians = {name: statistics.median(of) for name, of in values.items() if of}

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 
 FIRST = 4096
-LEAST, MOST = 1024, 32_768  # fewer tokens leave a GPU idle, and more do not make it faster
+MOST = 32_768  # more tokens do not make a GPU faster
 STEPS = 10  # after which the budget stands
 SHARE = 0.8  # of free memory: lengths differ, and the allocator leaves gaps
 
 
 def fitting(free: float, taken: float, tokens: int) -> int:
-    """Tokens that fit into `free` bytes where `tokens` of them took `taken` bytes, within `LEAST` and `MOST`."""
-    return int(min(max(SHARE * free * tokens / max(taken, 1), LEAST), MOST))
+    """Tokens that fit into `free` bytes where `tokens` of them took `taken` bytes, at most `MOST`."""
+    return int(min(SHARE * free * tokens / max(taken, 1), MOST))
 
 
 @dataclass
@@ -28,7 +28,6 @@ class TokenBudget:
     fixed: int | None
     device: torch.device
     steps: int = 0  # seen
-    largest: int = 0  # tokens of the largest forward that was measured
     before: int = 0  # bytes allocated when the step began
 
     def __post_init__(self):
@@ -49,11 +48,11 @@ class TokenBudget:
         if not self.measured or self.steps >= STEPS:
             return None
         self.steps += 1
-        if self.steps == 1 or tokens <= self.largest:
+        if self.steps == 1:
             return None
-        self.largest = tokens
         allocated, reserved = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
         free = torch.cuda.mem_get_info(self.device)[0] + reserved - allocated
         taken = torch.cuda.max_memory_allocated(self.device) - self.before
-        old, self.tokens = self.tokens, fitting(free, taken, tokens)
+        # Never less than what has run already: gradients and the optimizer's own needs are counted as the tokens'.
+        old, self.tokens = self.tokens, max(self.tokens, fitting(free, taken, tokens))
         return self.tokens if self.tokens != old else None

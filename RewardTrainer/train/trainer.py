@@ -41,7 +41,7 @@ from RewardTrainer.train import checkpoint
 from RewardTrainer.train.batches import PairCollator, list_features, split_to
 from RewardTrainer.train.cached_teacher import CachedTeacher
 from RewardTrainer.train.data import PairFeatures
-from RewardTrainer.train.fp32_head import follow_masters, hold_masters, set_masters
+from RewardTrainer.train.fp32_head import MastersAtStart, follow_masters, hold_masters, with_masters
 from RewardTrainer.train.generative import compact_shared
 from RewardTrainer.train.interruption import RUN_FILE, SaveOnSigterm
 from RewardTrainer.train.lora import has_adapters, save_adapters
@@ -102,9 +102,10 @@ class DistilTrainer(Trainer):
         self.speed = Speed(self.model, teacher if isinstance(teacher, LiveTeacher) else None)
         dtypes = {parameter.dtype for parameter in self.model.backbone.parameters() if parameter.is_floating_point()}
         self.peak_flops = peak_flops(self.args.device, self.args.bf16 or self.args.fp16 or torch.float32 not in dtypes)
-        self._masters_wait = self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16)  # see `fp32_head.py`
-        if self._masters_wait:
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        if plugin is not None and plugin.zero_stage and (self.args.bf16 or self.args.fp16):
             hold_masters(self.model)
+            self.add_callback(MastersAtStart())
         self._broken: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.settings = settings or {}
         self.held_out_pairs: dict[str, np.ndarray | None] = {}
@@ -146,10 +147,6 @@ class DistilTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward for each group of `get_batch_samples`; gradients are synchronized with the last one
         alone. A group is made a batch while the device is at work on the one before."""
-        if self._masters_wait:
-            student = self.accelerator.unwrap_model(self.model)
-            follow_masters(student) if self.state.global_step else set_masters(student, self.args.world_size)
-            self._masters_wait = False
         state, groups = self.accelerator.gradient_state, inputs["groups"]
         sync, total, largest = state.sync_gradients, 0.0, 0
         self.budget.begin()
@@ -159,7 +156,7 @@ class DistilTrainer(Trainer):
             last = i == len(groups) - 1
             state._set_sync_gradients(sync and last)
             engine = self.accelerator.distributed_type == DistributedType.DEEPSPEED  # it goes by `sync_gradients`
-            here = memory_for(self._forward_of(batch), self._less_memory(), self.args.device)
+            here = memory_for(self._forward_of(batch), self._less_memory(batch), self.args.device)
             with here, nullcontext() if last or engine else self.accelerator.no_sync(model):
                 total = total + super().training_step(model, batch, num_items_in_batch)
         if sync:
@@ -174,20 +171,18 @@ class DistilTrainer(Trainer):
         pairs, tokens = len(batch["labels"]), batch["input_ids"].numel()
         return f"step {self.state.global_step}, a forward and backward pass of {pairs} pairs, {tokens} tokens"
 
-    def _less_memory(self) -> str:
-        """Flags that need less, those that are not set."""
+    def _less_memory(self, batch: dict) -> str:
+        """Flags that would need less."""
         flags = []
-        if self.budget.tokens is None or self.budget.tokens > 1024:
-            flags.append(
-                f"--max_tokens_per_batch {min(self.budget.tokens or 8192, 8192) // 2} (the result is the same)"
-            )
+        if len(batch["labels"]) > 1:
+            flags.append(f"--max_tokens_per_batch {batch['input_ids'].numel() // 2} (the result is the same)")
         if not self.args.gradient_checkpointing:
             flags.append("--gradient_checkpointing true")
         if isinstance(self.teacher, LiveTeacher):
             flags.append("--teacher_logprobs in place of the teacher")
-        if not is_deepspeed_zero3_enabled():
+        if self.is_deepspeed_enabled and not is_deepspeed_zero3_enabled():
             flags.append("ZERO=3 on several GPUs")
-        return f"Less is needed with {', '.join([*flags, '--use_peft', 'a smaller --max_length'])}."
+        return f"Less is needed with {', '.join([*flags, 'a smaller --max_length'])}."
 
     def check_finite(self) -> None:
         """Raises FloatingPointError, on all ranks, where a loss since the last call was not finite.
@@ -389,7 +384,7 @@ class DistilTrainer(Trainer):
         student = self.accelerator.unwrap_model(self.model)
         final = output_dir == Path(self.args.output_dir)
         if has_adapters(student) and not final:
-            save_adapters(student, output_dir, state_dict or None)
+            save_adapters(student, output_dir, with_masters(student, state_dict) if state_dict else None)
         else:
             last = {"save_lm": self.args.save_lm, "scale": self.reward_scale, "normalize": self.args.normalize_rewards}
             own = last if final else {}

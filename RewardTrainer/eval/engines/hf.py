@@ -98,12 +98,12 @@ class Scorer(ChatEncoder):
         """
         self._check(rows)
         units = self.plan(rows)
-        waiting: tuple[list[Unit], torch.Tensor] | None = None
+        waiting: tuple[list[Unit], Later] | None = None
         for indices in plan_batches([unit.length for unit in units], self.tokens_per_batch, padded=not self.packs):
             batch = [units[index] for index in indices]
             tokens = sum(unit.length for unit in batch)
             with memory_for(f"a batch of {len(batch)} rows, {tokens} tokens", LESS_MEMORY, self.model.device):
-                rewards = self.forward(rows, batch)
+                rewards = Later(self.forward(rows, batch))
             if waiting is not None:
                 yield from _read(*waiting)
             waiting = batch, rewards
@@ -205,9 +205,28 @@ def _last_token(sequence: np.ndarray, pad_id: int | None) -> int:
     return int(tokens[-1]) if len(tokens) else 0
 
 
-def _read(units: Sequence[Unit], rewards: torch.Tensor) -> Iterator[tuple[int, int, float]]:
+class Later:
+    """A tensor on its way to the host, which waits for that tensor alone, not for what was begun after it."""
+
+    def __init__(self, values: torch.Tensor):
+        self.event = None
+        self.values = values.double()
+        if values.device.type == "cuda":
+            self.values = torch.empty(values.shape, dtype=torch.double, pin_memory=True)
+            self.values.copy_(values.double(), non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def read(self) -> torch.Tensor:
+        """float64, on the host."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.values
+
+
+def _read(units: Sequence[Unit], rewards: Later) -> Iterator[tuple[int, int, float]]:
     """Raises InputError for rewards that are not finite."""
-    values = rewards.double().cpu()
+    values = rewards.read()
     if not torch.isfinite(values).all():
         count = int((~torch.isfinite(values)).sum())
         raise InputError(f"{count} of {len(values)} rewards are not finite; try --dtype float32 or bfloat16")
@@ -274,7 +293,8 @@ def load_scorer(
     no_plans_by_shape()
     layers = use_fused_layers(model.base_model, device)
     run_head_in_fp32(model)
-    scorer = Scorer(model, tokenizer, max_length, tokens_per_batch, share_prompts)
+    with memory_for(f"{name}, tried on a few rows", LESS_MEMORY, device):
+        scorer = Scorer(model, tokenizer, max_length, tokens_per_batch, share_prompts)
     print(f"{name}: {scorer.layout}; {layers}", file=sys.stderr)
     return scorer
 
