@@ -4,6 +4,7 @@ VERSION is FSDP's, 1 or 2. Writes each parameter's whole gradient, and the loss,
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -48,3 +49,5 @@ else:
 if rank == 0:
     save_file(tensors | {"loss": total / ranks}, out)
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # a thread of torch's may abort the interpreter's own end, as in `run_reward_train.program`
