@@ -225,6 +225,7 @@ def block_mask(length: int, tree: Tree) -> BlockMask:
         q_indices=tree.q_indices,
         full_q_num_blocks=tree.full_q_num_blocks,
         full_q_indices=tree.full_q_indices,
+        BLOCK_SIZE=(BLOCK, BLOCK),  # no default before torch 2.13
         mask_mod=seen if window is None else seen_through_a_window,
     )
 

@@ -93,11 +93,8 @@ def trial_rows(vocabulary: int, scale: int = 1) -> list[np.ndarray]:
         np.random.default_rng(0).integers(0, vocabulary, scale * (PROMPT + 42)), cuts
     )
     long, short = scale * 12, scale * 8
-    second[0], third[0], tail[0] = (
-        (answer[0] + 1) % vocabulary,
-        (answer[0] + 2) % vocabulary,
-        (answer[long] + 1) % vocabulary,
-    )
+    for branch, beside, by in ((second, answer[0], 1), (third, answer[0], 2), (tail, answer[long], 1)):
+        branch[0] = (beside + by) % vocabulary  # or it might begin as that one does
     rows = (answer, second, np.concatenate([answer[:long], tail]), third, answer[:short])
     return [np.concatenate([prompt, row]) for row in rows]
 
@@ -121,23 +118,17 @@ def _trial(backbone: PreTrainedModel, kernel: str) -> Verdict:
     usual = max(usual, distance(states(ids, position_ids), base))  # 0, but for kernels that add in any order
 
     pieces = list(pairwise(np.cumsum([0, *segments.lengths])))
-    for start, stop in (
-        pieces[0],
-        pieces[1],
-        pieces[-2],
-    ):  # of all rows, of several, of one that stands between others
+    # Of all rows, of several, and of one, which stands between others.
+    for start, stop in (pieces[0], pieces[1], pieces[-2]):
         holding = [place for place in places if start in place]  # rows that the piece is part of
         others = np.setdiff1d(np.arange(ids.shape[1]), np.concatenate(holding))
-        first = [
-            start,
-            *(place[place > stop - 1][0] for place in holding if place[-1] >= stop),
-        ]  # and what goes on from it
+        next_tokens = [place[place >= stop][0] for place in holding if place[-1] >= stop]
         changed = ids.clone()
         changed[0, start:stop] = (changed[0, start:stop] + 1) % vocabulary
         moved = states(changed, position_ids)
         if not distance(moved[others], base[others]) <= FACTOR * usual:
             return Verdict(f"{name} lets a row's tokens act on the states of other packed rows")
-        if not all(distance(moved[token], base[token]) > usual for token in first):
+        if not all(distance(moved[token], base[token]) > usual for token in (start, *next_tokens)):
             return Verdict(f"{name} keeps packed rows from the tokens that they share with others")
     shifted = position_ids.clone()
     shifted[0, start:stop] += 3  # that last one's

@@ -67,6 +67,7 @@ def test_the_script_scores_benchmark_and_preference_file_and_writes_what_it_prom
     assert counts == {**expected, "tied_pairs": counts["tied_pairs"]}
     assert "line 9: field `rejected` is empty" in done.stderr
     assert "2 conversations longer than 256 tokens" in done.stderr
+    assert f"{model}: prompts shared, segments attention; tried: " in done.stderr
 
     lines = [json.loads(line) for line in (output / "scores.jsonl").read_text().splitlines()]
     assert len(lines) == 5 * 6 + 18

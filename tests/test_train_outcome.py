@@ -123,6 +123,9 @@ def test_metrics_and_card_have_the_numbers_of_the_run(rated, root):
         cells = " | ".join(f"{metrics[when][number]:.4g}" for when in ("before", "after"))
         assert f"| {number.removeprefix('eval_')} | {cells} |" in card
     assert f"slope {metrics['calibration']['slope']:.4g}" in card
+    assert metrics["speed"]["step_seconds"] > 0 and "mfu" not in metrics["speed"]  # a CPU has no peak that is known
+    assert f"a CPU: {metrics['speed']['step_seconds']:.4g} s a step" in card
+    assert f"{metrics['speed']['tokens_per_second']:.0f} tokens a second" in card
     assert "| `loss_type` | margin_regression |" in card and "| `learning_rate` | 0.00025 |" in card
     assert "| pairs.jsonl | 2 | 40 |" in card
     for text in (card, (rated / "metrics.json").read_text()):

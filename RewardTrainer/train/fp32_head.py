@@ -63,29 +63,25 @@ class MastersAtStart(TrainerCallback):
     """Once the engine stands, and has loaded its checkpoint where there is one, whether or not a step follows."""
 
     def on_train_begin(self, args, state, control, model=None, **_) -> None:
-        if state.global_step:
-            follow_masters(model)
-        else:
-            set_masters(model, args.world_size)
+        if not state.global_step and not is_deepspeed_zero3_enabled():  # which has them in 16 bits from the beginning
+            set_masters(model)
+        follow_masters(model)
 
 
-def set_masters(student: nn.Module, world_size: int) -> None:
+def set_masters(student: nn.Module) -> None:
     """Give DeepSpeed's optimizer the weights that are held, in place of those it rounded. All ranks together."""
     from deepspeed.utils import safe_set_full_fp32_param  # it chooses its accelerator when first imported
 
     for layer in float32_layers(student).values():
         for name, master in layer.masters.items():
             parameter = getattr(layer, name)
-            # ZeRO-3 sets only what ranks divide evenly; a bias of one number is 0, in any precision.
-            if not is_deepspeed_zero3_enabled() or master.numel() % world_size == 0:
-                safe_set_full_fp32_param(parameter, master.to(parameter.device))
-    follow_masters(student)
+            safe_set_full_fp32_param(parameter, master.to(parameter.device))
 
 
 def follow_masters(student: nn.Module) -> None:
     """Compute with what DeepSpeed's optimizer has now; nothing where no masters are held. All ranks together."""
     for layer in float32_layers(student).values():
         for name in layer.masters:
-            from deepspeed.utils import safe_get_full_fp32_param
+            from deepspeed.utils import safe_get_full_fp32_param  # here, because most runs have no DeepSpeed
 
             layer.masters[name] = safe_get_full_fp32_param(getattr(layer, name)).detach().clone()

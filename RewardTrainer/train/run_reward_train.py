@@ -150,10 +150,10 @@ def main(arguments: list[str] | None = None) -> None:
         **student_source,
         **load_args,
     )
-    if args.device.type == "cuda" and args.deepspeed and (args.bf16 or args.fp16):
-        for part in filter(None, (student.backbone, student.language_head)):  # as DeepSpeed will, and less to move
-            part.to(torch.bfloat16 if args.bf16 else torch.float16)
     if args.device.type == "cuda" and not (args.fsdp or model_args.load_in_4bit or is_deepspeed_zero3_enabled()):
+        if args.deepspeed and (args.bf16 or args.fp16):  # as DeepSpeed will, and less to move
+            for part in filter(None, (student.backbone, student.language_head)):
+                part.to(torch.bfloat16 if args.bf16 else torch.float16)
         with memory_for(f"the student of {weights_gib(student):.1f} GiB", STUDENT_REMEDY, args.device):
             student.to(args.device)  # where it is tried below
     if args.save_lm and student.language_head is None:
@@ -173,9 +173,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     layout = prepare("student", student.backbone, args)
     teacher_layout = prepare("teacher", teacher.backbone, args) if isinstance(teacher, LiveTeacher) else "padded"
-    args.use_liger_kernel = (
-        False  # done; the Trainer would look for a `PreTrainedModel` and find the student around one
-    )
+    # Done: the Trainer would look for a `PreTrainedModel`, and find the student around one.
+    use_liger_kernel, args.use_liger_kernel = args.use_liger_kernel, False
 
     # Training
     settings = run_settings(model_args, args, train_pairs, eval_pairs)
@@ -201,6 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
             cached_teacher=cached,
         ),
     )
+    args.use_liger_kernel = use_liger_kernel  # as it was asked for, in what is written of this run
     check_launch(trainer)
     try:
         result = trainer.train(resume_from_checkpoint=resume_from)

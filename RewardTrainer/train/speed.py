@@ -132,18 +132,22 @@ class Speed(TrainerCallback):
         self.since: float | None = None
         self.steps, self.tokens, self.student_flops, self.teacher_flops = 0, 0, 0.0, 0.0
 
-    def batch_ended(self, features: Sequence[Mapping], whole: bool) -> None:
-        """These pairs have been handed to the device; whole: it has finished them, and with them an optimizer step."""
+    def count(self, features: Sequence[Mapping]) -> None:
+        """These pairs have been handed to the device."""
         if self.since is None:
-            if whole:
-                self.since = time.perf_counter()
             return
-        self.steps += whole
         for feature in features:
             tokens, student, teacher = pair_cost(feature, self.student, self.teacher)
             self.tokens += tokens
             self.student_flops += student
             self.teacher_flops += teacher
+
+    def step_ended(self) -> None:
+        """The device has finished an optimizer step."""
+        if self.since is None:
+            self.since = time.perf_counter()
+        else:
+            self.steps += 1
 
     def take(self) -> tuple[float, int, int, float, float]:
         """Seconds, steps, tokens, and operations of the student's forward and backward pass and of a live teacher's

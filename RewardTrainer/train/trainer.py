@@ -159,10 +159,11 @@ class DistilTrainer(Trainer):
             here = memory_for(self._forward_of(batch), self._less_memory(batch), self.args.device)
             with here, nullcontext() if last or engine else self.accelerator.no_sync(model):
                 total = total + super().training_step(model, batch, num_items_in_batch)
+        self.speed.count(inputs["features"])  # while the device is at work
         if sync:
             follow_masters(self.accelerator.unwrap_model(self.model))
             self.check_finite()
-        self.speed.batch_ended(inputs["features"], whole=sync)
+            self.speed.step_ended()
         if sync and self.budget.end(largest) is not None:
             logger.info("step %d: forwards of at most %d tokens from here", self.state.global_step, self.budget.tokens)
         return total
