@@ -60,6 +60,10 @@ def use_fused_layers(
     finally:
         backbone.train(training)
     if reason is None:
+        # The instance has them. Their classes, which liger-kernel also puts into the model's file, would be in every
+        # model made later; of functions, which are looked up when they are called, there is one for all.
+        for space, old in before:
+            space.update({name: value for name, value in old.items() if isinstance(value, type)})
         return done
     _restore(before)
     if wanted:

@@ -9,11 +9,12 @@ Runs `scripts/train_distilrm.sh --config configs/train/paper.yaml` for `--steps`
 lengths log-normal, answers of median 200 tokens under prompts of median 30 (`--lengths prompts`: under prompts as long
 as answers). Then, unless flags are passed on, `train_step.py` takes the same pairs through the bare step, with no
 optimizer, launcher or data loader around it, and the ratio says what those cost. What is printed comes from what the
-trainer itself writes, `metrics.json` and the log of every step:
+trainer itself writes, `metrics.json` and its log of every few steps:
 
-    pairs/s, MFU       over all steps but the first, in which kernels are compiled
+    pairs/s, MFU       after the first log (10 steps on a GPU, else 3), until which kernels are compiled, and a GPU's
+                       token budget is found
     first step         its seconds
-    slowest            of the steps after the tenth, over their median
+    slowest            of the steps after the first log, over their median
     peak memory        on a GPU, of the first rank
 
 Models and pairs are written to a temporary directory: 6 GB in the 3B shape, 30 GB more with the 14B teacher
@@ -118,7 +119,7 @@ def run(command: list, log: Path) -> str:
 
 
 def train(args: argparse.Namespace, work: Path, more: list[str]) -> tuple[list[dict], dict]:
-    """The log of every step, and `metrics.json`."""
+    """The logs after the first, and `metrics.json`."""
     cuda = torch.cuda.is_available()
     flags = {
         "config": "configs/train/paper.yaml",
@@ -127,7 +128,7 @@ def train(args: argparse.Namespace, work: Path, more: list[str]) -> tuple[list[d
         "train_file": work / "pairs.jsonl",
         "output_dir": work / "out",
         "max_steps": args.steps,
-        "logging_steps": 1,
+        "logging_steps": 10 if cuda else 3,
         "save_strategy": "no",
         "eval_ratio": 0,
         "per_device_train_batch_size": args.pairs_per_step,
@@ -144,7 +145,7 @@ def train(args: argparse.Namespace, work: Path, more: list[str]) -> tuple[list[d
             print(" ", line)
     state = json.loads((work / "out/trainer_state.json").read_text(encoding="utf-8"))
     metrics = json.loads((work / "out/metrics.json").read_text(encoding="utf-8"))
-    return [log for log in state["log_history"] if "loss" in log], metrics
+    return [log for log in state["log_history"] if "step_seconds" in log][1:], metrics
 
 
 def bare_step(args: argparse.Namespace, work: Path) -> float:
@@ -165,7 +166,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small", help="the student's, and the teacher's")
     parser.add_argument("--teacher_shape", choices=["14b"], help="another one's; then train_step.py has no part in it")
-    parser.add_argument("--steps", type=int, default=60 if cuda else 14, help="of training")
+    parser.add_argument("--steps", type=int, default=60 if cuda else 15, help="of training")
     parser.add_argument("--pairs_per_step", type=int, default=16 if cuda else 4)
     parser.add_argument("--lengths", choices=("answers", "prompts"), default="answers", help="what is long")
     parser.add_argument("--work_dir", type=Path, help="for models, pairs and logs, which stay there")
@@ -185,17 +186,19 @@ def main() -> None:
             write_model(work / shape, shape, vocabulary, tokenizer)
         write_pairs(work / "pairs.jsonl", args, words, rng)
         logs, metrics = train(args, work, more)
-        seconds = [log["step_seconds"] for log in logs if "step_seconds" in log]
+        if not logs:
+            sys.exit("more --steps: they ended with the first log")
+        seconds = [log["step_seconds"] for log in logs]
         pairs = args.pairs_per_step / statistics.fmean(seconds)
-        first = metrics["train"]["train_runtime"] - sum(seconds)
-        late = seconds[9:] or seconds
-        slowest = max(late) / statistics.median(late)
+        slowest = max(log["slowest_step_seconds"] for log in logs) / statistics.median(seconds)
         speed = metrics["speed"]
+        first = speed["first_step_seconds"]
+        speed |= {name: statistics.fmean(log[name] for log in logs) for name in speed if name in logs[0]}
         ratios = {"slowest_step_over_median": slowest}
         ratios |= {name: speed[name] for name in ("mfu", "mfu_with_teacher") if name in speed}
         print(f"\n{args.steps} steps of {args.pairs_per_step} pairs: {pairs:.2f} pairs/s, ", end="")
-        print(f"{statistics.fmean(log['tokens_per_second'] for log in logs if 'step_seconds' in log):.0f} tokens/s")
-        print(f"first step {first:.1f} s; slowest step after the tenth {slowest:.2f} times their median")
+        print(f"{speed['tokens_per_second']:.0f} tokens/s")
+        print(f"first step {first:.1f} s; slowest step after the first log {slowest:.2f} times their median")
         if "mfu" in speed:
             both = speed.get("mfu_with_teacher", speed["mfu"])
             print(f"MFU {speed['mfu']:.1%} of the student, {both:.1%} with a live teacher's work", end="")
@@ -206,7 +209,7 @@ def main() -> None:
             bare = bare_step(args, work)
             ratios["of_train_step"] = pairs / bare
             print(f"{ratios['of_train_step']:.2f} of the bare step's {bare:.2f} pairs/s")
-    figures = {"pairs_per_second": pairs, "first_step_seconds": first, **speed}
+    figures = {"pairs_per_second": pairs, **speed}
     load = os.getloadavg()[0]
     print(json.dumps({"benchmark": "train_run", "ratios": ratios, "shape": args.shape, "load": load, **figures}))
 

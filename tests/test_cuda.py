@@ -17,6 +17,7 @@ from test_packing import random_pairs
 from torch._dynamo.utils import counters
 from train_fixtures import make_trainer, pair_rows, tiny_model, write_rows
 from transformers import Qwen2Config, Qwen2Model
+from transformers.models.qwen2 import modeling_qwen2
 from transformers.utils import is_liger_kernel_available
 
 from RewardTrainer.fused_layers import use_fused_layers
@@ -27,6 +28,14 @@ from RewardTrainer.train.student import choose_layout
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 CUDA = torch.device("cuda")
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def layers_of_no_other_test():
+    """liger-kernel's rotary embeddings are in a model's file, not in the model."""
+    before = dict(vars(modeling_qwen2))
+    yield
+    vars(modeling_qwen2).update(before)
 
 
 def packed_states(model, pairs: list[list[np.ndarray]]) -> torch.Tensor:
@@ -105,7 +114,9 @@ def test_fused_layers_are_the_models_own_in_states_and_gradients(dtype):
         return {name: parameter.grad.float().clone() for name, parameter in model.named_parameters()}
 
     own = gradients()
+    norm = modeling_qwen2.Qwen2RMSNorm
     assert "liger-kernel's layers" in use_fused_layers(model, CUDA)
+    assert modeling_qwen2.Qwen2RMSNorm is norm  # of the next model
     for name, gradient in gradients().items():
         apart = distance(gradient.flatten()[None], own[name].flatten()[None])
         assert apart < (1e-4 if dtype == torch.float32 else 5e-2), name

@@ -123,6 +123,11 @@ def test_model_is_on_disk_even_where_its_rewards_cannot_be_measured(model, tmp_p
         assert not (tmp_path / "out" / report).exists()
 
 
+def test_a_model_whose_last_step_ruined_it_is_no_success(model, tmp_path):
+    with pytest.raises(FloatingPointError, match="12 of 12 pairs have a reward that is not finite"):
+        train(model, tmp_path / "out", "--max_steps", "1", "--learning_rate", "1e38", "--warmup_steps", "0")
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_normalized_rewards_are_the_trained_ones_on_another_scale(model, tmp_path, head, lora):

@@ -138,6 +138,7 @@ def test_the_log_has_the_speed_of_the_steps_between_two_logs_and_no_mfu_where_no
         tokens, student, teacher = (sum(part) for part in zip(*total, strict=True))
         seconds = 2 * logs[1]["step_seconds"]  # of two steps, each over all rows
         assert seconds >= 1
+        assert 1 <= logs[1]["slowest_step_seconds"] < seconds
         assert logs[1]["tokens_per_second"] == pytest.approx(2 * tokens / seconds)
         if known:
             assert logs[1]["mfu"] == pytest.approx(2 * student / seconds / 1e9)
@@ -153,6 +154,8 @@ def test_the_first_step_is_in_no_log_however_many_batches_it_has(models, tmp_pat
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert ["step_seconds" in log for log in logs] == [False, True, True]
+    assert ["first_step_seconds" in log for log in logs] == [True, False, False]
+    assert 0 < logs[0]["first_step_seconds"] < 60
 
 
 # ---------------------------------------------------------------- waiting for the device

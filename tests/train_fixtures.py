@@ -166,7 +166,7 @@ def make_trainer(
     def encode(rows: list[dict]) -> list[dict]:
         return encode_pairs(rows, tokenizer, teacher_tokenizer, generative)[0]
 
-    student = load_student(str(student_path), tokenizer, language_head=generative is not None)
+    student = load_student(str(student_path), tokenizer, language_head=generative is not None).to(args.device)
     return DistilTrainer(
         model=student,
         args=args,

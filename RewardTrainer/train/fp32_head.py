@@ -40,7 +40,9 @@ class Float32Linear(nn.Linear):
 
 def float32_layers(student: nn.Module) -> dict[str, Float32Linear]:
     """The reward head's layers, by their names in the student."""
-    return {name: module for name, module in student.named_modules() if isinstance(module, Float32Linear)}
+    # Looked for there alone: it is done once a step, and a student has many modules.
+    modules = student.score.named_modules(prefix="score")
+    return {name: module for name, module in modules if isinstance(module, Float32Linear)}
 
 
 def hold_masters(student: nn.Module) -> None:

@@ -130,7 +130,12 @@ class Speed(TrainerCallback):
         self.student = model_cost(student.backbone, student.language_head)
         self.teacher = None if teacher is None else model_cost(teacher.backbone, teacher.language_head)
         self.since: float | None = None
-        self.steps, self.tokens, self.student_flops, self.teacher_flops = 0, 0, 0.0, 0.0
+        self.latest = 0.0  # when the latest step, log, evaluation or save ended
+        self.first: float | None = None  # seconds of the run's first step, until they are logged
+        self._begin()
+
+    def _begin(self) -> None:
+        self.steps, self.slowest, self.tokens, self.student_flops, self.teacher_flops = 0, 0.0, 0, 0.0, 0.0
 
     def count(self, features: Sequence[Mapping]) -> None:
         """These pairs have been handed to the device."""
@@ -143,22 +148,29 @@ class Speed(TrainerCallback):
             self.teacher_flops += teacher
 
     def step_ended(self) -> None:
-        """The device has finished an optimizer step."""
+        """The device has finished an optimizer step, or is at the same point near its end as in every step."""
+        now = time.perf_counter()
         if self.since is None:
-            self.since = time.perf_counter()
+            self.since, self.first = now, now - self.latest
         else:
             self.steps += 1
+            self.slowest = max(self.slowest, now - self.latest)
+        self.latest = now
 
-    def take(self) -> tuple[float, int, int, float, float]:
-        """Seconds, steps, tokens, and operations of the student's forward and backward pass and of a live teacher's
-        forward pass since the last time; counting begins anew."""
+    def take(self) -> tuple[float, int, float, int, float, float]:
+        """Seconds, steps, seconds of the slowest of them, tokens, and operations of the student's forward and backward
+        pass and of a live teacher's forward pass since the last time; counting begins anew."""
         now = time.perf_counter()
         seconds = 0.0 if self.since is None else now - self.since
-        taken = (seconds, self.steps, self.tokens, self.student_flops, self.teacher_flops)
-        self.steps, self.tokens, self.student_flops, self.teacher_flops = 0, 0, 0.0, 0.0
+        taken = (seconds, self.steps, self.slowest, self.tokens, self.student_flops, self.teacher_flops)
+        self._begin()
+        self.latest = now
         if self.since is not None:
             self.since = now
         return taken
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        self.latest = time.perf_counter()
 
     def on_evaluate(self, args, state, control, **_) -> None:
         self.take()
@@ -170,7 +182,7 @@ class Speed(TrainerCallback):
 def summary(history: Sequence[Mapping], device: torch.device) -> dict[str, float]:
     """For `metrics.json`: medians over a run's logs of what `DistilTrainer.speed_since_last_log` gives, none of which
     are there for a run of few steps, and the first rank's peak_memory_bytes on a GPU."""
-    names = ("step_seconds", "tokens_per_second", "mfu", "mfu_with_teacher")
+    names = ("first_step_seconds", "step_seconds", "tokens_per_second", "mfu", "mfu_with_teacher")
     values = {name: [log[name] for log in history if name in log] for name in names}
     medians = {name: statistics.median(of) for name, of in values.items() if of}
     if device.type == "cuda":

@@ -115,6 +115,11 @@ class RewardStudent(nn.Module):
             self.language_head is not None and self.language_head.weight is self.backbone.get_input_embeddings().weight
         )
 
+    def train(self, mode: bool = True) -> "RewardStudent":
+        """As `nn.Module.train`; the Trainer asks for it before every forward, and where all is in that mode already a
+        walk through hundreds of modules would let a GPU wait."""
+        return self if mode == self.training == self.backbone.training else super().train(mode)
+
     def gradient_checkpointing_enable(self, **options) -> None:
         """Called by the Trainer for `--gradient_checkpointing`; the options are those of `PreTrainedModel`."""
         self.backbone.gradient_checkpointing_enable(**options)

@@ -13,10 +13,12 @@ The pairs that the data loader hands out at once go through the model in as many
 (`--max_tokens_per_batch`, or `token_budget.py`). Which pairs make a step, and their mean, stay what they are. All
 ranks take the same number of forwards, the largest that one of them needs.
 
-The host waits for the device once an optimizer step, after the last backward pass, when it reads whether all losses
-were finite. Until then it only hands out work: nothing before that may read a number from the device, or copy one
-there from memory that is not pinned. Several ranks exchange numbers twice more: before the first forward how many
-pairs and forwards each has, and after the step whether one was told to stop (`interruption.py`).
+The host is to be ahead of the device: between two steps it has much to do, and the device nothing while it waits for
+work. So the host waits for it once an optimizer step: where DeepSpeed clips gradients and wants to know their norm, or
+without it when it reads whether the losses, all of them known before the last backward pass, were finite. Nothing else
+reads a number from the device (the log does, every `--logging_steps`), or copies one there from memory that is not
+pinned. Several ranks exchange numbers thrice more: before the first forward how many pairs and forwards each has, and
+after the step whether all losses were finite and whether one was told to stop (`interruption.py`).
 """
 
 import json
@@ -106,7 +108,10 @@ class DistilTrainer(Trainer):
         if plugin is not None and plugin.zero_stage and (self.args.bf16 or self.args.fp16):
             hold_masters(self.model)
             self.add_callback(MastersAtStart())
-        self._broken: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # Of each forward since the last step: rows, their losses, and, on the host once the event has come, whether
+        # all are finite.
+        self._losses: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._losses_read: torch.cuda.Event | None = None
         self.settings = settings or {}
         self.held_out_pairs: dict[str, np.ndarray | None] = {}
         self.reward_scale: checkpoint.RewardScale | None = None
@@ -161,7 +166,7 @@ class DistilTrainer(Trainer):
                 total = total + super().training_step(model, batch, num_items_in_batch)
         self.speed.count(inputs["features"])  # while the device is at work
         if sync:
-            follow_masters(self.accelerator.unwrap_model(self.model))
+            follow_masters(self.model)
             self.check_finite()
             self.speed.step_ended()
         if sync and self.budget.end(largest) is not None:
@@ -190,15 +195,19 @@ class DistilTrainer(Trainer):
 
         One that stopped alone would leave the others waiting.
         """
-        broken = torch.stack([torch.isfinite(pairs).all() for _, pairs in self._broken]).all().logical_not()
-        if self.accelerator.gather(broken.int()).any():
-            rows = [int(row) for index, pairs in self._broken for row in index[~torch.isfinite(pairs)]]
+        if self._losses_read is not None:
+            self._losses_read.synchronize()
+        broken = not torch.stack([finite for *_, finite in self._losses]).all()
+        if self.args.world_size > 1:
+            broken = self.accelerator.gather(torch.tensor([broken], device=self.args.device)).any()
+        if broken:
+            rows = [int(row) for index, pairs, _ in self._losses for row in index[~torch.isfinite(pairs)]]
             names = gather_object(self.row_names(rows))
             raise FloatingPointError(
                 f"step {self.state.global_step}: the loss of training rows {names} is not finite; "
                 "lower --learning_rate or look at these rows"
             )
-        self._broken = []
+        self._losses = []
 
     def pair_terms(self, model: torch.nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
         """Rewards and loss terms of a batch, each (pairs,): the names of `COLUMNS` that the batch has.
@@ -246,7 +255,11 @@ class DistilTrainer(Trainer):
         if "center" in terms:
             total = total + self.args.center_rewards_coefficient * terms["center"].sum()
         names = ("loss_reward", "sft", "kl", "center")
-        self._broken.append((inputs["pair_index"], sum(terms[name].detach() for name in names if name in terms)))
+        pairs = sum(terms[name].detach() for name in names if name in terms)
+        self._losses.append((inputs["pair_index"], pairs, torch.isfinite(pairs).all().to("cpu", non_blocking=True)))
+        if pairs.is_cuda:
+            self._losses_read = torch.cuda.Event()
+            self._losses_read.record()
         self._count(terms)
         loss = total * (self.args.world_size / num_items_in_batch)
         return (loss, terms) if return_outputs else loss
@@ -254,6 +267,16 @@ class DistilTrainer(Trainer):
     def row_names(self, rows: list[int]) -> list[str]:
         """Ids of rows of the training set, given their positions."""
         return [str(self.train_dataset[row].get("id", row)) for row in rows]
+
+    # The Trainer's own two would read the norm of the gradients, which DeepSpeed has clipped, at every step.
+
+    def _clip_grad_norm(self, model):
+        return None if self.is_deepspeed_enabled else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if self.is_deepspeed_enabled:
+            return self.model_wrapped.get_global_grad_norm()
+        return super()._get_grad_norm(model, grad_norm)
 
     # Logging
 
@@ -282,14 +305,19 @@ class DistilTrainer(Trainer):
         super().log(logs, start_time)
 
     def speed_since_last_log(self) -> dict[str, float]:
-        """step_seconds, tokens_per_second of all ranks and, on a GPU whose peak is known, mfu of the student and, with
-        a live teacher, mfu_with_teacher. Empty before the second step, the first one's time being the compiler's."""
-        seconds, steps, *counts = self.speed.take()
+        """step_seconds (their mean), slowest_step_seconds, tokens_per_second of all ranks and, on a GPU whose peak is
+        known, mfu of the student and, with a live teacher, mfu_with_teacher: all without the run's first step, whose
+        time is the compiler's. It stands in the first log, as first_step_seconds."""
+        speed = {}
+        if self.speed.first is not None:
+            speed["first_step_seconds"], self.speed.first = self.speed.first, None
+        seconds, steps, slowest, *counts = self.speed.take()
         if not steps:
-            return {}
+            return speed
         counts = torch.tensor(counts, dtype=torch.float64, device=self.args.device)
         tokens, student, teacher = self.accelerator.reduce(counts, "sum").tolist()
-        speed = {"step_seconds": seconds / steps, "tokens_per_second": tokens / seconds}
+        speed |= {"step_seconds": seconds / steps, "slowest_step_seconds": slowest}
+        speed["tokens_per_second"] = tokens / seconds
         if self.peak_flops is not None:
             available = seconds * self.peak_flops * self.args.world_size
             speed["mfu"] = student / available
@@ -327,7 +355,7 @@ class DistilTrainer(Trainer):
         gap, margin = columns["chosen"] - columns["rejected"], columns["margin"]
         if not np.isfinite(gap).all():
             raise FloatingPointError(
-                f"step {self.state.global_step}: {np.count_nonzero(~np.isfinite(gap))} of {len(gap)} held-out pairs "
+                f"step {self.state.global_step}: {np.count_nonzero(~np.isfinite(gap))} of {len(gap)} pairs "
                 "have a reward that is not finite; lower --learning_rate"
             )
         metrics = {
