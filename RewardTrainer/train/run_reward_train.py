@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import NoReturn
@@ -384,7 +385,7 @@ def program() -> NoReturn:
     code = 0
     try:
         main()
-    except InputError as fault:
+    except (InputError, FloatingPointError) as fault:
         print(f"error: {fault}", file=sys.stderr)
         code = 1
     except torch.OutOfMemoryError as fault:
@@ -394,6 +395,9 @@ def program() -> NoReturn:
         code = 1
     except Interrupted:
         code = EXIT_CODE
+    except Exception:
+        traceback.print_exc()
+        code = 1
     atexit._run_exitfuncs()  # trackers upload their last lines there
     sys.stdout.flush()
     sys.stderr.flush()
