@@ -4,6 +4,7 @@ A decoder layer's norms, SwiGLU and rotary embeddings are many small kernels tha
 nothing; each becomes one. Losses are not liger's: ours never hold the logits (`train/generative.py`).
 """
 
+import logging
 import sys
 
 import torch
@@ -14,6 +15,8 @@ from transformers.utils import is_liger_kernel_available
 from distiller.records import InputError
 from RewardTrainer.packing_trial import FACTOR, FLOOR, distance, padded_states, rounding, trial_rows
 
+# Of kernels for other devices, which it tries to import one after the other, it says as a warning what each lacks.
+logging.getLogger("liger_kernel.backends").setLevel(logging.ERROR)
 NO_LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/train_run.py                                       # a small shape, 2 minutes on two free cores
     python benchmarks/train_run.py --shape 3b                            # on a GPU: Qwen2.5-3B's shape; also MFU
-    python benchmarks/train_run.py --shape 3b --teacher_shape 14b --steps 12       # beside a teacher of Qwen3-14B's
+    python benchmarks/train_run.py --shape 3b --teacher_shape 14b --steps 20       # beside a teacher of Qwen3-14B's
     python benchmarks/train_run.py --shape 3b -- --gradient_checkpointing true     # flags after -- go to the script
 
 Runs `scripts/train_distilrm.sh --config configs/train/paper.yaml` for `--steps` steps on pairs that are all different:

@@ -1,6 +1,6 @@
 """What a training step costs: pairs a second and peak memory, beside two ways of writing the same step plainly.
 
-    python benchmarks/train_step.py                                  # 7 minutes on two free cores
+    python benchmarks/train_step.py                                  # 10 minutes on two free cores
     python benchmarks/train_step.py --pairs 2 --rounds 1 --max_length 256                       # a quick look
     python benchmarks/train_step.py --shape 3b --pairs 16                                       # on a GPU; also MFU
 
