@@ -179,7 +179,10 @@ def test_a_saved_model_is_loaded_in_fp32_on_cpu_and_agrees_with_transformers(mod
 
 def test_bf16_rewards_stay_close_and_are_not_rounded_to_bf16(model_dir):
     exact = rewards(load_scorer(str(model_dir), dtype="float32"), conversations())
-    coarse = rewards(load_scorer(str(model_dir), dtype="bfloat16"), conversations())
+    scorer = load_scorer(str(model_dir), dtype="bfloat16")
+    assert torch.equal(scorer.model.score.weight, load_file(model_dir / "model.safetensors")["score.weight"])
+    assert {parameter.dtype for parameter in scorer.model.base_model.parameters()} == {torch.bfloat16}
+    coarse = rewards(scorer, conversations())
     assert coarse == pytest.approx(exact, abs=0.2)
     assert any(value != torch.tensor(value).bfloat16().item() for value in coarse)
 

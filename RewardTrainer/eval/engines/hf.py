@@ -11,7 +11,7 @@ truncation: `encoding.py`):
    one it takes the last token. The same is had in a batch by padding with a token that ends none of its rows
    (`choose_pad_id`).
 3. *bf16.* A score head in bf16 rounds rewards to 8 bits and makes ties of real differences, so a linear `score` head
-   runs in fp32.
+   runs in fp32, with the weights that were saved.
 4. *Waste.* Rows lie end to end without padding, so many as fit a number of tokens, and what a row's responses begin
    with is computed once (`RewardTrainer/packing.py`), by models that were seen to give the same states that way. Equal
    conversations of a row are one, and get one reward. Other models take padded rows of similar length.
@@ -305,3 +305,5 @@ def run_head_in_fp32(model: PreTrainedModel) -> None:
     if isinstance(head, nn.Linear):
         head.float()
         head.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
+    elif head is not None:  # which was loaded in fp32
+        head.to(model.dtype)

@@ -55,17 +55,22 @@ def load_config(name: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, P
 def load_model(
     name: str, config: PreTrainedConfig, dtype: str, attn_implementation: str | None, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """The model, every weight of it from the checkpoint. Raises InputError."""
-    model, loading = _from_pretrained(
-        AutoModelForSequenceClassification,
-        name,
-        config=config,
-        dtype=DTYPES[dtype],
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    """The model, every weight of it from the checkpoint, a `score` head in fp32 in any case. Raises InputError."""
+    in_fp32 = PreTrainedModel._keep_in_fp32_modules_strict
+    PreTrainedModel._keep_in_fp32_modules_strict = {*(in_fp32 or ()), "score"}
+    try:
+        model, loading = _from_pretrained(
+            AutoModelForSequenceClassification,
+            name,
+            config=config,
+            dtype=DTYPES[dtype],
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    finally:
+        PreTrainedModel._keep_in_fp32_modules_strict = in_fp32
     missing = sorted(loading["missing_keys"])
     if missing:
         raise InputError(
