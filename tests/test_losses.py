@@ -81,6 +81,12 @@ def test_missing_field_is_refused_by_name(loss_type, rewards):
         reward_loss(loss_type, **rewards)
 
 
+def test_a_loss_that_is_only_listed_does_not_train_as_another(monkeypatch, rewards):
+    monkeypatch.setitem(LOSSES, "new", LOSSES["margin_regression"])
+    with pytest.raises(NotImplementedError, match="new"):
+        reward_loss("new", **rewards)
+
+
 def test_unknown_loss_type_lists_the_known_ones():
     with pytest.raises(ValueError, match="bt, margin, steerlm"):
         loss_spec("dpo")

@@ -334,11 +334,31 @@ def test_weight_that_the_loss_ignores_is_refused_before_anything_is_read(tmp_pat
         ["--loss_type", "bt", "--margin_scale", "1", "--kl_temperature", "2"],
         ["--label_smoothing_factor", "0.1"],
         ["--neftune_noise_alpha", "5"],
+        ["--train_sampling_strategy", "group_by_length"],
+        ["--batch_eval_metrics", "true"],
+        ["--eval_do_concat_batches", "false"],
+        ["--include_for_metrics", "inputs"],
+        ["--bf16_full_eval", "true"],
+        ["--fp16_full_eval", "true"],
+        ["--dataloader_drop_last", "true"],
+        ["--include_num_input_tokens_seen", "true"],
+        ["--auto_find_batch_size", "true"],
+        ["--torch_compile", "true"],
     ],
 )
 def test_flag_that_would_be_ignored_is_refused(flags, tmp_path):
-    with pytest.raises(ValueError, match=flags[-2]):
+    with pytest.raises(run_reward_train.InputError, match=flags[-2]):
         run_reward_train.main([*flags, "--output_dir", str(tmp_path)])
+
+
+def test_checkpoint_without_the_optimizer_is_not_gone_on_from(world, tmp_path):
+    given = [*flags(world, tmp_path / "out", batch_size=2), "--save_only_model", "true", "--max_steps", "2"]
+    given += ["--save_strategy", "steps", "--save_steps", "1"]
+    run_reward_train.main(given)
+    checkpoint = tmp_path / "out/checkpoint-2"
+    assert (checkpoint / "model.safetensors").exists() and last_checkpoint(tmp_path / "out") is None
+    with pytest.raises(run_reward_train.InputError, match="--save_only_model left the optimizer out"):
+        run_reward_train.main([*given, "--resume_from_checkpoint", str(checkpoint)])
 
 
 def test_language_model_that_is_not_there_is_refused_before_training(world, tmp_path):

@@ -122,6 +122,31 @@ class DataArguments:
     )
 
 
+# Flags of `TrainingArguments` that cannot work on pairs, or would do something else than they say: values that ask for
+# nothing, and why no other is taken.
+NO_PLACE: dict[str, tuple[tuple, str]] = {
+    "label_smoothing_factor": ((0,), "these losses have no labels to smooth"),
+    "neftune_noise_alpha": ((None, 0), "it adds noise to embeddings, from which rewards are read"),
+    "remove_unused_columns": ((False,), "the collator reads every field of a pair"),
+    "train_sampling_strategy": (
+        ("random", "sequential"),
+        "rows lie end to end without padding, so that lengths need no grouping",
+    ),
+    "batch_eval_metrics": ((False,), "metrics are over all held-out pairs at once"),
+    "eval_do_concat_batches": ((True,), "metrics are over all held-out pairs at once"),
+    "include_for_metrics": (([], None), "metrics are made of rewards and losses alone"),
+    "bf16_full_eval": ((False,), "it would round the model itself, for good; --bf16 evaluates in bf16 as well"),
+    "fp16_full_eval": ((False,), "it would round the model itself, for good; --fp16 evaluates in fp16 as well"),
+    "dataloader_drop_last": ((False,), "it would leave held-out pairs out; a step of fewer pairs is a mean as well"),
+    "include_num_input_tokens_seen": (("no",), "it does not know pairs; the log has tokens_per_second"),
+    "auto_find_batch_size": (
+        (False,),
+        "it would change how many pairs a step has; --max_tokens_per_batch cuts a step into what fits",
+    ),
+    "torch_compile": ((False,), "rows have ever other lengths; attention on a GPU is compiled already"),
+}
+
+
 @dataclass
 class DistilConfig(TrainingArguments):
     """`TrainingArguments` with the loss. On a machine without CUDA it trains on the CPU without being told."""
@@ -224,10 +249,9 @@ class DistilConfig(TrainingArguments):
             raise InputError("--kl_temperature must be above 0 and --chunk_size at least 1")
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise InputError(f"--max_tokens_per_batch {self.max_tokens_per_batch}: must be at least 1")
-        if self.label_smoothing_factor or self.neftune_noise_alpha:
-            raise InputError(
-                "--label_smoothing_factor and --neftune_noise_alpha have no place in these losses: leave them out"
-            )
+        for name, (harmless, reason) in NO_PLACE.items():
+            if getattr(self, name) not in harmless:
+                raise InputError(f"--{name} {getattr(self, name)}: {reason}; leave it out")
         if self.kl_temperature != 1 and not check_weights(self.loss_type, self.sft_weight, self.kl_weight)[1]:
             raise InputError(f"--kl_temperature {self.kl_temperature:g} would be ignored: there is no KL term")
         if self.push_to_hub and self.hub_strategy != HubStrategy.END:
@@ -235,8 +259,6 @@ class DistilConfig(TrainingArguments):
                 f"--hub_strategy {self.hub_strategy.value}: a checkpoint is not the model that a run ends with (of "
                 "LoRA it is the adapters alone); --push_to_hub uploads the finished model, leave it at end"
             )
-        if self.remove_unused_columns:
-            raise InputError("--remove_unused_columns true: the collator reads every field of a pair; leave it false")
 
 
 def parse(

@@ -20,6 +20,7 @@ from RewardTrainer.train.arguments import DistilConfig, ModelArguments
 from RewardTrainer.train.data import PairFeatures
 
 RUN_FILE = "run.json"
+COMPLETE_FILE = "checkpoint_complete"  # beside it, once all that a run goes on from is written
 EXIT_CODE = 128 + signal.SIGTERM
 # What decides a run's curve. Not here: what only decides how fast it goes, what is logged, evaluated and kept.
 MODEL_SETTINGS = (
@@ -110,11 +111,16 @@ def _digest(pairs: Sequence[PairFeatures]) -> str:
 
 
 def check_resume(checkpoint: str | Path, settings: dict) -> None:
-    """Raises InputError with the differences where the checkpoint's run had other settings or rows."""
+    """Raises InputError where the checkpoint lacks a part, or its run had other settings or rows, which it names."""
     file = Path(checkpoint) / RUN_FILE
     if not file.exists():
         raise InputError(f"--resume_from_checkpoint: {checkpoint} is no checkpoint of a run ({RUN_FILE} is missing)")
     before = json.loads(file.read_text(encoding="utf-8"))
+    if not (Path(checkpoint) / COMPLETE_FILE).exists():
+        raise InputError(
+            f"--resume_from_checkpoint: {checkpoint} is not whole: its save was killed, or --save_only_model left the "
+            "optimizer out; begin anew"
+        )
     differences = [
         f"  {name}: {before.get(name)} there, {settings.get(name)} here"
         for name in dict.fromkeys([*before, *settings])

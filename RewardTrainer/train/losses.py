@@ -143,7 +143,9 @@ def reward_loss(
         return -a * F.logsigmoid(gap) - (1 - a) * F.logsigmoid(-gap)
     if loss_type == "steerlm":
         return (r_w - chosen_score.float()) ** 2 + (r_l - rejected_score.float()) ** 2
-    return (gap - m) ** 2  # margin_regression, distilrm
+    if loss_type in ("margin_regression", "distilrm"):
+        return (gap - m) ** 2
+    raise NotImplementedError(f"--loss_type {loss_type} is listed in LOSSES and computed nowhere")
 
 
 def center_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> torch.Tensor:

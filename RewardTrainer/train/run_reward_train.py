@@ -206,7 +206,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         result = trainer.train(resume_from_checkpoint=resume_from)
     except Interrupted as stopped:
-        logger.warning("told to stop; to go on from %s: --resume_from_checkpoint last", stopped)
+        how = "no run can, for want of its optimizer" if args.save_only_model else "--resume_from_checkpoint last"
+        logger.warning("told to stop; to go on from %s: %s", stopped, how)
         trainer.end()
         raise
 

@@ -45,7 +45,7 @@ from RewardTrainer.train.cached_teacher import CachedTeacher
 from RewardTrainer.train.data import PairFeatures
 from RewardTrainer.train.fp32_head import MastersAtStart, follow_masters, hold_masters, with_masters
 from RewardTrainer.train.generative import compact_shared
-from RewardTrainer.train.interruption import RUN_FILE, SaveOnSigterm
+from RewardTrainer.train.interruption import COMPLETE_FILE, RUN_FILE, SaveOnSigterm
 from RewardTrainer.train.lora import has_adapters, save_adapters
 from RewardTrainer.train.losses import center_loss, check_weights, loss_spec, reward_loss
 from RewardTrainer.train.speed import Speed, peak_flops
@@ -54,7 +54,6 @@ from RewardTrainer.train.token_budget import TokenBudget
 
 logger = logging.getLogger(__name__)
 
-COMPLETE_FILE = "checkpoint_complete"
 HELD_OUT_FILE = "held_out.jsonl"
 STUDENT_KEYS = (
     *("input_ids", "attention_mask", "position_ids", "segments"),
@@ -421,7 +420,8 @@ class DistilTrainer(Trainer):
         (output_dir / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Marks the directory once every rank has written its part, so that a killed save is never resumed from."""
+        """Marks the directory once every rank has written its part, so that no run goes on from a killed save, nor
+        from one without the optimizer (`--save_only_model`)."""
         mark = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE_FILE
         if self.args.should_save:
             mark.unlink(missing_ok=True)  # of an earlier run in the same directory
@@ -430,7 +430,8 @@ class DistilTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (mark.parent / RUN_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
-            mark.touch()
+            if not self.args.save_only_model:
+                mark.touch()
 
     def _load_best_model(self) -> None:
         """The Trainer would look for the module's own names in a file that has a stock model's."""
