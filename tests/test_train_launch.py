@@ -351,6 +351,39 @@ def test_flag_that_would_be_ignored_is_refused(flags, tmp_path):
         run_reward_train.main([*flags, "--output_dir", str(tmp_path)])
 
 
+def test_figures_of_a_run_that_was_gone_on_from_are_those_of_the_whole_run(world, tmp_path):
+    output = tmp_path / "out"
+    given = [*flags(world, output, batch_size=2), "--logging_steps", "2", "--save_steps", "5"]
+    given += ["--max_steps", "-1", "--num_train_epochs", "1"]
+
+    def figures() -> dict:
+        return json.loads((output / "metrics.json").read_text())["train"]
+
+    run_reward_train.main(given)
+    whole = figures()
+    assert "resumed_at_step" not in whole
+    run_reward_train.main([*given, "--resume_from_checkpoint", str(output / "checkpoint-10")])
+    resumed = figures()
+    assert resumed["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-3)
+    assert resumed["resumed_at_step"] == 10
+    assert resumed["train_steps_per_second"] == pytest.approx(4 / resumed["train_runtime"])
+    run_reward_train.main([*given, "--resume_from_checkpoint", "last"])
+    finished = figures()
+    assert finished["train_loss"] == pytest.approx(resumed["train_loss"])
+    assert finished["resumed_at_step"] == 14 and not any("second" in name for name in finished)
+
+
+def test_nothing_of_an_earlier_model_stays_beside_another_one(world, tmp_path):
+    output = tmp_path / "out"
+    given = [*flags(world, output, batch_size=2), "--max_steps", "1", "--save_strategy", "no"]
+    run_reward_train.main([*given, "--head", "mlp", "--use_peft", "--save_lm", "true", "--eval_ratio", "0.2"])
+    first = {path.name for path in output.iterdir()}
+    assert {"adapter", "lm", "held_out.jsonl", "modeling_mlp_reward.py"} <= first
+    run_reward_train.main([*given, "--loss_type", "bt", "--margin_scale", "1", "--eval_ratio", "0"])
+    assert not {"adapter", "lm", "held_out.jsonl", "modeling_mlp_reward.py"} & {path.name for path in output.iterdir()}
+    AutoModelForSequenceClassification.from_pretrained(output)
+
+
 def test_checkpoint_without_the_optimizer_is_not_gone_on_from(world, tmp_path):
     given = [*flags(world, tmp_path / "out", batch_size=2), "--save_only_model", "true", "--max_steps", "2"]
     given += ["--save_strategy", "steps", "--save_steps", "1"]

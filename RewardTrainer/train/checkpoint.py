@@ -60,6 +60,9 @@ logger = logging.getLogger(__name__)
 STUDENT_FILE = "reward_student.json"
 LM_HEAD_FILE = "lm_head/model.safetensors"
 ADAPTER_DIR = "adapter"
+LM_DIR = "lm"
+# What a saved directory has of some models and tokenizers and not of others.
+SOME_MODELS_ONLY = ("modeling_mlp_reward.py", "lm_head", ADAPTER_DIR, LM_DIR, "chat_template.jinja")
 NEW_PAD_TOKEN = "<|pad|>"
 MLP_NOTE = (
     "It loads with trust_remote_code=True only, and in vLLM with pooler_config seq_pooling_type=LAST besides "
@@ -316,6 +319,9 @@ def save_student(
     scale: the student's rewards as measured, for config.json; normalize: fold it into the exported head.
     """
     output_dir = Path(output_dir)
+    for name in SOME_MODELS_ONLY:  # an earlier model's, of which this one may have no like
+        path = output_dir / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     state = with_masters(student, student.state_dict() if state is None else state)
     if scale is not None and normalize:
         state, scale = normalized(state, student.head, scale)
@@ -340,7 +346,7 @@ def save_student(
     facts = {"head": student.head, "lm_head": lm_head}
     (output_dir / STUDENT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     if save_lm:
-        save_causal_lm(student, tokenizer, output_dir / "lm", state)
+        save_causal_lm(student, tokenizer, output_dir / LM_DIR, state)
 
 
 def save_causal_lm(

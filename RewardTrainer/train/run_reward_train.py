@@ -25,8 +25,9 @@ from typing import NoReturn
 
 import torch
 from accelerate.utils import DistributedType
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, TrainerState, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINER_STATE_NAME
 
 from distiller.records import InputError, dump_line, parse_columns
 from RewardTrainer.fused_layers import use_fused_layers
@@ -46,7 +47,7 @@ from RewardTrainer.train.model_card import write_card
 from RewardTrainer.train.plots import calibration, draw_calibration, draw_curves
 from RewardTrainer.train.quantization import check_4bit
 from RewardTrainer.train.rows import check_file
-from RewardTrainer.train.speed import summary
+from RewardTrainer.train.speed import summary, whole_run
 from RewardTrainer.train.student import LiveTeacher, choose_layout, runnable
 from RewardTrainer.train.trainer import HELD_OUT_FILE, DistilTrainer, generative_field, last_checkpoint
 from RewardTrainer.train.vocabulary import match_vocabularies
@@ -56,7 +57,7 @@ logger = logging.getLogger("RewardTrainer")
 STATISTICS_PAIRS = 256  # whose rewards' mean and deviation go to config.json: held-out ones, else trained ones
 STUDENT_REMEDY = "Less is needed with --dtype bfloat16, --use_peft --load_in_4bit, or ZERO=3 on several GPUs."
 TEACHER_REMEDY = "Less is needed with --teacher_dtype bfloat16, and none with --teacher_logprobs."
-REPORTS = ("metrics.json", "README.md", "curves.png", "calibration.png")
+REPORTS = ("metrics.json", "README.md", "curves.png", "calibration.png", HELD_OUT_FILE)
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "RewardTrainer" / "configs" / "train"
 
@@ -180,8 +181,10 @@ def main(arguments: list[str] | None = None) -> None:
     # Training
     settings = run_settings(model_args, args, train_pairs, eval_pairs)
     resume_from = find_checkpoint(args)
+    resumed_at = 0
     if resume_from is not None:
         check_resume(resume_from, settings)
+        resumed_at = TrainerState.load_from_json(Path(resume_from) / TRAINER_STATE_NAME).global_step
     elif eval_pairs:
         args.eval_on_start = True
     trainer = DistilTrainer(
@@ -220,7 +223,9 @@ def main(arguments: list[str] | None = None) -> None:
     scale = trainer.measure_rewards(measured)
     trainer.save_model(_internal_call=True)
     trainer.save_state()
-    metrics = {"train": result.metrics, "counts": {"train": dict(train_counts), "eval": dict(eval_counts)}}
+    steps = trainer.state.global_step
+    metrics = {"train": whole_run(result.metrics, trainer.state.log_history, steps, resumed_at)}
+    metrics["counts"] = {"train": dict(train_counts), "eval": dict(eval_counts)}
     metrics["data"] = statistics
     metrics["speed"] = summary(trainer.state.log_history, args.device)
     # All metrics are in the scale of training; the export's may be another one.

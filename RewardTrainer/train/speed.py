@@ -190,6 +190,28 @@ def summary(history: Sequence[Mapping], device: torch.device) -> dict[str, float
     return medians
 
 
+def whole_run(metrics: Mapping[str, float], history: Sequence[Mapping], steps: int, resumed_at: int) -> dict:
+    """metrics, which `Trainer.train` returned, put right for a run of so many steps that went on from `resumed_at`.
+
+    The Trainer divides what this process alone has summed up, or timed, by what the whole run has. Here the loss is
+    the mean over all logged steps; speeds are those of the steps taken here, and missing where there were none.
+    """
+    if not resumed_at:
+        return dict(metrics)
+    figures = {name: value for name, value in metrics.items() if not name.startswith("train_")}
+    logs = [log for log in history if "loss" in log]
+    taken = [log["step"] - before for log, before in zip(logs, [0, *(log["step"] for log in logs)], strict=False)]
+    if logs:
+        total = sum(log["loss"] * number for log, number in zip(logs, taken, strict=True))
+        figures["train_loss"] = total / logs[-1]["step"]
+    figures["resumed_at_step"] = resumed_at
+    here = steps - resumed_at
+    if here > 0:
+        figures["train_runtime"] = metrics["train_runtime"]
+        figures["train_steps_per_second"] = here / metrics["train_runtime"]
+    return figures
+
+
 def pair_cost(feature: Mapping, student: ModelCost, teacher: ModelCost | None) -> tuple[int, float, float]:
     """Tokens of a pair's student rows, its operations in the student, forward and backward, and in the teacher.
 
