@@ -37,7 +37,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
 from distiller.arguments import FileArguments, flag
@@ -81,6 +81,7 @@ class FilterArguments(FileArguments):
     near_threshold: float = flag(0.8, "Jaccard similarity, over runs of three words, that makes near duplicates")
 
     INPUT_FIELDS: ClassVar[tuple[str, ...]] = ("input", "benchmarks")
+    HARMLESS: ClassVar[tuple[str, ...]] = (*INPUT_FIELDS, "output", "overwrite", "max_failure_rate", "root")
     RANGES: ClassVar[Mapping[str, tuple[float, float | None]]] = {
         **FileArguments.RANGES,
         "min_margin": UNBOUNDED,
@@ -94,9 +95,7 @@ class FilterArguments(FileArguments):
     @property
     def options(self) -> dict:
         """All that decides what is written, but the input and the benchmarks themselves."""
-        names = ("columns", "limit", "min_margin", "min_edit_similarity", "max_edit_similarity", "max_length_ratio")
-        names += ("judge_agreement", "ngram", "duplicates", "duplicate_key", "near_threshold")
-        return {name: getattr(self, name) for name in names}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in self.HARMLESS}
 
 
 def make_gates(args: FilterArguments, benchmarks: Benchmarks) -> list[Gate]:

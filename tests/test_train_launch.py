@@ -198,6 +198,7 @@ def test_checkpoint_of_other_settings_or_rows_is_not_gone_on_from(world, tmp_pat
         (["--train_file", str(other)], "train_pairs: "),
         (["--eval_ratio", "0.3"], "held_out_pairs: "),
         (["--seed", "5"], "seed: 0 there, 5 here"),
+        (["--train_sampling_strategy", "sequential"], "train_sampling_strategy: random there, sequential here"),
     ):
         with pytest.raises(run_reward_train.InputError, match=said):
             run_reward_train.main([*again, *changed])

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
@@ -79,15 +79,11 @@ class ScoreFileArguments:
     tensor_parallel_size: int = field(default=1, metadata={"help": "vllm: GPUs the model is spread over."})
     gpu_memory_utilization: float = field(default=0.9, metadata={"help": "vllm: share of the GPU's memory to take."})
 
-    DECISIVE: ClassVar[tuple[str, ...]] = (
-        "model",
-        "columns",
-        "engine",
-        "adapter",
-        "max_length",
-        "dtype",
-        "attn_implementation",
+    HARMLESS: ClassVar[frozenset[str]] = frozenset(
+        ("input", "output", "limit", "overwrite")
+        + ("tokens_per_batch", "trust_remote_code", "tensor_parallel_size", "gpu_memory_utilization")
     )
+    """Those that may differ when a file is gone on with; the input's content counts."""
     ENGINE_FLAGS: ClassVar[tuple[str, ...]] = (
         "engine",
         "adapter",
@@ -198,7 +194,8 @@ def run(arguments: ScoreFileArguments) -> dict[str, int]:
     if Path(output).resolve() == Path(arguments.input).resolve():
         raise InputError(f"--output {output} would write over the input")
     rows = read_rows(arguments.input, parse_columns(arguments.columns), arguments.limit)
-    identity = {name: getattr(arguments, name) for name in arguments.DECISIVE}
+    identity = {each.name: getattr(arguments, each.name) for each in fields(arguments)}
+    identity = {name: value for name, value in identity.items() if name not in arguments.HARMLESS}
     identity |= {"model_files": model_fingerprint(arguments.model), "input": survey(arguments.input)[1]}
     identity["adapter_file"] = hash_file(arguments.adapter) if arguments.adapter else None
     iterator = iter(rows)

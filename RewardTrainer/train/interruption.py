@@ -9,6 +9,7 @@ import hashlib
 import json
 import signal
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +23,20 @@ from RewardTrainer.train.data import PairFeatures
 RUN_FILE = "run.json"
 COMPLETE_FILE = "checkpoint_complete"  # beside it, once all that a run goes on from is written
 EXIT_CODE = 128 + signal.SIGTERM
-# What decides a run's curve. Not here: what only decides how fast it goes, what is logged, evaluated and kept.
-MODEL_SETTINGS = (
-    *("model_name_or_path", "model_revision", "head", "dtype"),
-    *("teacher_model", "teacher_dtype", "teacher_logprobs", "kl_tail"),
-    *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit"),
-)
-SETTINGS = (
-    *("loss_type", "reward_weight", "sft_weight", "kl_weight", "margin_scale", "kl_temperature"),
-    "center_rewards_coefficient",
-    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
-    *("seed", "data_seed", "bf16", "fp16"),
+# Flags that do not decide a run's curve, by how they begin; all others do, known here or not. Where things are written
+# and said; how steps are cut and spread (`pairs_a_step` and `optimizer_state` say what of that counts) and how fast
+# they go; what is evaluated, kept, exported, uploaded.
+HARMLESS = (
+    *("output_dir", "logging_", "log_", "disable_tqdm", "report_to", "run_name", "project", "trackio_"),
+    *("per_device_", "gradient_accumulation_steps", "average_tokens_across_devices", "layout", "max_tokens_per_batch"),
+    *("chunk_size", "gradient_checkpointing", "torch_compile", "use_liger_kernel", "liger_kernel_config", "use_cache"),
+    *("torch_empty_cache_steps", "tf32", "full_determinism", "attn_implementation", "trust_remote_code", "use_cpu"),
+    *("accelerator_config", "parallelism_config", "ddp_", "fsdp", "deepspeed", "local_rank", "debug"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "length_column_name", "label_names"),
+    *("eval_", "prediction_loss_only", "batch_eval_metrics", "include_", "do_", "skip_memory_metrics"),
+    *("save_", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "enable_jit_checkpoint"),
+    *("resume_from_checkpoint", "restore_callback_states_from_checkpoint", "push_to_hub", "hub_", "normalize_rewards"),
 )
 
 
@@ -83,8 +86,12 @@ def run_settings(
     eval_pairs: Sequence[PairFeatures],
 ) -> dict:
     """All that decides a run's curve, as JSON values: settings, and a hash of the tokens and numbers of its pairs."""
-    settings = {name: getattr(model_args, name) for name in MODEL_SETTINGS}
-    settings |= {name: getattr(args, name) for name in SETTINGS}
+    settings = {
+        each.name: getattr(part, each.name)
+        for part in (model_args, args)
+        for each in fields(part)
+        if not each.name.startswith(HARMLESS)
+    }
     # How the step's pairs are spread over ranks and micro-batches is free.
     step = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
     settings |= {"pairs_a_step": step, "optimizer_state": _optimizer_state(args)}
@@ -122,9 +129,9 @@ def check_resume(checkpoint: str | Path, settings: dict) -> None:
             "optimizer out; begin anew"
         )
     differences = [
-        f"  {name}: {before.get(name)} there, {settings.get(name)} here"
-        for name in dict.fromkeys([*before, *settings])
-        if before.get(name) != settings.get(name)
+        f"  {name}: {before[name]} there, {settings.get(name)} here"
+        for name in before  # a flag that is new since then has no value there
+        if before[name] != settings.get(name)
     ]
     if differences:
         raise InputError(
