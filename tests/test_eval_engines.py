@@ -70,6 +70,24 @@ def test_two_functions_make_any_model_a_reward_model(tmp_path, adapter, capsys):
     assert "my_model.py will run on this machine" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_equal_responses_have_one_reward_whatever_stands_beside_them(tmp_path, processes):
+    """The adapter's rewards depend on the place in a batch, as those of any engine do in the last digits."""
+    path = tmp_path / "rounding.py"
+    path.write_text(
+        "def load(model, device):\n    pass\n"
+        "def score(loaded, conversations):\n"
+        "    return [len(c[-1]['content']) + 1e-6 * place for place, c in enumerate(conversations)]\n"
+    )
+    rows = [pair(n) for n in range(40)]
+    for row in rows[:30]:
+        row["rejected"] = row["chosen"]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    run(arguments(tmp_path, path, num_processes=processes))
+    scores = scores_of(tmp_path / "out")
+    assert [scores[row["id"], 0] == scores[row["id"], 1] for row in rows] == [True] * 30 + [False] * 10
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from distiller.records import InputError, dump_line
 from RewardTrainer.eval.base import Benchmark, Item
 from RewardTrainer.eval.confidence import intervals
-from RewardTrainer.eval.engines.base import Engine
+from RewardTrainer.eval.engines.base import Engine, score_each_once
 from RewardTrainer.eval.parts import Finished, Parts, Scored, rows_of_shard
 
 
@@ -91,7 +91,7 @@ def score_benchmark(
             work.append((item, numbers))
     total = sum(map(len, rows))
     with tqdm(total=total, desc=benchmark.name, unit="response", file=sys.stderr, disable=not bar) as progress:
-        for row, index, reward in engine.score(rows):
+        for row, index, reward in score_each_once(engine, rows):
             item, numbers = work[row]
             scored = Scored(reward, rows[row][index].truncated, rows[row][index].response_cut)
             done.scores[item.key, numbers[index]] = scored

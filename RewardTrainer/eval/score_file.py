@@ -46,7 +46,7 @@ from distiller.records import (
 )
 from distiller.store import Store
 from RewardTrainer.eval.engines import load_engine
-from RewardTrainer.eval.engines.base import Conversation, Encoded, Engine
+from RewardTrainer.eval.engines.base import Conversation, Encoded, Engine, score_each_once
 
 AT_ONCE = 256
 """Rows read, rewarded and written at a time: what a kill costs at most."""
@@ -170,7 +170,7 @@ def reward_rows(rows: list[dict], engine: Engine) -> Iterator[tuple[dict, dict |
     ]
     encoded = engine.encode(flat)
     usable: list[list[Encoded]] = [row if isinstance(row, list) else [] for row in encoded]
-    rewards = {(row, number): reward for row, number, reward in engine.score(usable)}
+    rewards = {(row, number): reward for row, number, reward in score_each_once(engine, usable)}
     for index, ((row, parts), result) in enumerate(zip(asked, encoded, strict=True)):
         if isinstance(parts, str) or isinstance(result, InputError):
             yield row, parts if isinstance(parts, str) else str(result), 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -44,3 +45,24 @@ class Engine(Protocol):
         Raises:
             InputError: rewards that cannot be used (not finite, ...)
         """
+
+
+def score_each_once(engine: Engine, rows: Sequence[Sequence[Encoded]]) -> Iterator[tuple[int, int, float]]:
+    """`Engine.score`, with equal conversations of all rows run once, so that they get one reward.
+
+    Rounding depends on where a conversation stands in a batch, and rewards 1e-6 apart would decide what is a tie.
+    """
+    distinct: list[list[Encoded]] = []
+    keys: list[list[tuple[int, ...] | str]] = []  # of `distinct`
+    places: dict[tuple[int, ...] | str, list[tuple[int, int]]] = {}
+    for row, conversations in enumerate(rows):
+        distinct.append([])
+        keys.append([])
+        for number, conversation in enumerate(conversations):
+            key = conversation.ids or json.dumps(conversation.messages)
+            if key not in places:
+                distinct[-1].append(conversation)
+                keys[-1].append(key)
+            places.setdefault(key, []).append((row, number))
+    for row, number, reward in engine.score(distinct):
+        yield from ((*place, reward) for place in places[keys[row][number]])
