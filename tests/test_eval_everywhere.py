@@ -174,4 +174,4 @@ def test_the_vllm_engine_pools_an_mlp_head_at_the_last_token(tmp_path):
     path = export(tmp_path, "mlp")
     expected = own_rewards(path, trust_remote_code=True)
     flags = ("--engine", "vllm", "--trust_remote_code", "true")
-    assert eval_rm(path, tmp_path / "vllm", *flags) == pytest.approx(expected, abs=1e-4)
+    assert eval_rm(path, tmp_path / "vllm", *flags) == pytest.approx(expected, rel=1e-5, abs=1e-4)  # rewards of 137
