@@ -20,10 +20,13 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    Qwen2Config,
     Qwen2ForCausalLM,
 )
 
 from distiller.records import InputError
+from RewardTrainer.eval.engines.encoding import longest_input
 from RewardTrainer.eval.engines.hf import Scorer, choose_pad_id, load_scorer, plan_batches
 
 WORDS = ["tin", "red", "boat", "the", "metal", "# Notes", "\n", "名前", "\x00", "é"]
@@ -294,3 +297,11 @@ def test_a_conversation_the_template_refuses_is_an_input_error():
     tokenizer = build_tokenizer("{{ raise_exception('no system message here') }}")
     with pytest.raises(InputError, match="no system message here"):
         Scorer(build_model(tokenizer), tokenizer).render(conversations(1)[0])
+
+
+def test_a_models_longest_input_is_known_under_whatever_name_it_stores_it():
+    tokenizer = build_tokenizer()
+    assert longest_input(GPT2Config(n_positions=64), tokenizer) == 64
+    assert longest_input(Qwen2Config(max_position_embeddings=96), tokenizer) == 96
+    tokenizer.model_max_length = 32
+    assert longest_input(GPT2Config(n_positions=64), tokenizer) == 32

@@ -385,6 +385,44 @@ def test_nothing_of_an_earlier_model_stays_beside_another_one(world, tmp_path):
     AutoModelForSequenceClassification.from_pretrained(output)
 
 
+def test_pairs_that_the_chat_template_makes_equal_are_named_and_left_out(world, tmp_path, caplog):
+    student = tiny_model(tmp_path / "student", tied=False)
+    template = student / "chat_template.jinja"
+    content = "message['content']"
+    assert content in template.read_text()
+    template.write_text(template.read_text().replace(content, f"{content}.split('</think>')[-1]"))
+    rows = pair_rows(12)
+    for row in rows[:5]:
+        row["chosen"], row["rejected"] = (f"<think>{n}</think>The answer is 3." for n in (1, 2))
+    given = [*flags(world, tmp_path / "out", batch_size=2), "--model_name_or_path", str(student), "--max_steps", "1"]
+    given += ["--loss_type", "bt", "--margin_scale", "1", "--eval_ratio", "0", "--train_file"]
+    run_reward_train.main([*given, str(write_rows(tmp_path / "some.jsonl", rows))])
+    counts = json.loads((tmp_path / "out/metrics.json").read_text())["counts"]["train"]
+    assert counts["pairs"] == 7 and counts["equal_tokens"] == 5
+    assert "row-0-0, row-0-1, row-0-2, row-0-3, row-0-4; what differs may be" in caplog.text
+    with pytest.raises(run_reward_train.InputError, match="5 equal_tokens.*chat template leaves out"):
+        run_reward_train.main([*given, str(write_rows(tmp_path / "all.jsonl", rows[:5]))])
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_rows_are_no_longer_than_the_model_takes(world, tmp_path, caplog, side):
+    path = tiny_model(tmp_path / side, **({"tied": False} if side == "student" else {"hidden": 48, "seed": 1}))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 24}))
+    rows = pair_rows(12)
+    rows[3]["prompt"] += " please" * 20
+    given = [*flags(world, tmp_path / "out", batch_size=2), "--max_steps", "1", "--eval_ratio", "0"]
+    given += ["--model_name_or_path" if side == "student" else "--teacher_model", str(path)]
+    given += ["--train_file", str(write_rows(tmp_path / "rows.jsonl", rows))]
+    if side == "teacher":
+        with pytest.raises(run_reward_train.InputError, match="row-0-3 has .* tokens to the teacher, which takes 24"):
+            run_reward_train.main(given)
+        return
+    run_reward_train.main([*given, "--overlong", "truncate_prompt"])
+    assert "--max_length 512 is over what the student takes; it is 24" in caplog.text
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["counts"]["train"]["truncated"] >= 1
+
+
 def test_checkpoint_without_the_optimizer_is_not_gone_on_from(world, tmp_path):
     given = [*flags(world, tmp_path / "out", batch_size=2), "--save_only_model", "true", "--max_steps", "2"]
     given += ["--save_strategy", "steps", "--save_steps", "1"]

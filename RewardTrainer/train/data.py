@@ -20,6 +20,7 @@ response it is split into ordinary tokens, so that the model never learns to sto
 prompts it becomes the special token, as in every stock pipeline: the exported model must score what it was trained on.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ from distiller.tokens import NO_THINKING, prompt_ids, render, response_ids, toke
 from RewardTrainer.train.rows import NUMBERS, load_mixture, load_pairs, parse_weights
 
 __all__ = ["Dropped", "PairFeatures", "encode_pair", "encode_pairs", "load_mixture", "load_pairs", "parse_weights"]
+
+logger = logging.getLogger(__name__)
+
+NAMED = 10  # rows that a message names; the rest is counted
 
 # ---------------------------------------------------------------- tokens
 
@@ -58,7 +63,8 @@ class PairFeatures(TypedDict):
 
 @dataclass(frozen=True)
 class Dropped:
-    """A pair that is not trained on: "overlong", or "overlong_response" where no cut of the prompt would help."""
+    """A pair that is not trained on: "overlong", "overlong_response" where no cut of the prompt would help, or
+    "equal_tokens" of chosen and rejected."""
 
     reason: str
 
@@ -69,20 +75,29 @@ def encode_pairs(rows: Sequence[dict], *arguments, **options) -> tuple[list[Pair
     Each feature also has `pair_index`, its position in the list, and `row_index`, that of its row. A row that is there
     several times (as the same object) is encoded once. Raises InputError if rows were given and none left.
     """
-    features, counts, encoded = [], Counter(pairs=0, truncated=0), {}
+    features, counts, encoded, equal = [], Counter(pairs=0, truncated=0), {}, []
     for index, row in enumerate(rows):
         if id(row) not in encoded:
             encoded[id(row)] = encode_pair(row, *arguments, **options)
         pair = encoded[id(row)]
         if isinstance(pair, Dropped):
             counts[pair.reason] += 1
+            if pair.reason == "equal_tokens":
+                equal.append(str(row["id"]))
             continue
         counts["truncated"] += pair["truncated"] > 0
         features.append({**pair, "pair_index": len(features), "row_index": index})
     counts["pairs"] = len(features)
+    template = "what differs may be something that the student's chat template leaves out, such as <think>...</think>"
+    if equal:
+        named = ", ".join(equal[:NAMED]) + (", ..." if len(equal) > NAMED else "")
+        logger.warning(
+            "%d pairs left out, whose chosen and rejected rows are equal tokens: %s; %s", len(equal), named, template
+        )
     if rows and not features:
         reasons = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        raise InputError(f"0 of {len(rows)} pairs can be trained on ({reasons}): raise --max_length")
+        remedy = template if len(equal) == len(rows) else "raise --max_length"
+        raise InputError(f"0 of {len(rows)} pairs can be trained on ({reasons}): {remedy}")
     return features, counts
 
 
@@ -116,6 +131,8 @@ def encode_pair(
     for side in ("chosen", "rejected"):
         answer = {"role": "assistant", "content": response_text(row[side])}
         rows[side] = token_ids(student_tokenizer, render(student_tokenizer, [*prompt, answer], name))
+    if rows["chosen"] == rows["rejected"]:
+        return Dropped("equal_tokens")
     if rows["chosen"][-1] == student_tokenizer.pad_token_id:
         raise InputError(
             f"the chat template of {student_tokenizer.name_or_path!r} ends a conversation with the padding token "

@@ -30,6 +30,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 
 from distiller.records import InputError, dump_line, parse_columns
+from RewardTrainer.eval.engines.encoding import longest_input
 from RewardTrainer.fused_layers import use_fused_layers
 from RewardTrainer.memory import memory_for, memory_of, weights_gib
 from RewardTrainer.packing import no_plans_by_shape
@@ -84,7 +85,12 @@ def main(arguments: list[str] | None = None) -> None:
     code = {"trust_remote_code": model_args.trust_remote_code}
     student_source = {"revision": model_args.model_revision, **code}
     tokenizer = load_tokenizer(model_args.model_name_or_path, **student_source)
-    teacher_tokenizer = shared_ids = None
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path, **student_source)
+    limit = longest_input(config, tokenizer)
+    if data_args.max_length > limit:
+        logger.warning("--max_length %d is over what the student takes; it is %d", data_args.max_length, limit)
+        data_args.max_length = limit
+    teacher_tokenizer = teacher_limit = shared_ids = None
     cached = open_cache(model_args, data_args, kl_weight, args.kl_temperature)
     if kl_weight:
         if cached is not None:
@@ -92,7 +98,9 @@ def main(arguments: list[str] | None = None) -> None:
             teacher_vocabulary_size = cached.cache.info.vocab_size
         elif model_args.teacher_model is not None:
             teacher_tokenizer = AutoTokenizer.from_pretrained(model_args.teacher_model, **code)
-            teacher_vocabulary_size = vocabulary_size(model_args.teacher_model, **code)
+            teacher_config = AutoConfig.from_pretrained(model_args.teacher_model, **code)
+            teacher_vocabulary_size = teacher_config.get_text_config().vocab_size
+            teacher_limit = longest_input(teacher_config, teacher_tokenizer)
         else:
             raise InputError(
                 "the KL term needs a teacher: give --teacher_model or --teacher_logprobs, or train without it: "
@@ -101,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
         vocabulary = match_vocabularies(
             AutoTokenizer.from_pretrained(model_args.model_name_or_path, **student_source),
             teacher_tokenizer,
-            vocabulary_size(model_args.model_name_or_path, **student_source),
+            config.get_text_config().vocab_size,
             teacher_vocabulary_size,
         )
         shared_ids = vocabulary.shared
@@ -134,6 +142,13 @@ def main(arguments: list[str] | None = None) -> None:
     logger.info("training data: %s", text_table(statistics))
     logger.info("held out: %s", describe(eval_pairs, eval_counts) if eval_pairs else "no rows")
 
+    if teacher_limit is not None:
+        longest = max([*train_pairs, *eval_pairs], key=lambda pair: len(pair["teacher_input_ids"]))
+        if len(longest["teacher_input_ids"]) > teacher_limit:
+            raise InputError(
+                f"row {longest['id']} has {len(longest['teacher_input_ids'])} tokens to the teacher, which takes "
+                f"{teacher_limit}; lower --max_length"
+            )
     if cached is not None:
         cached.check([*train_pairs, *eval_pairs], make_command(model_args, data_args, cached))
         logger.info("teacher: cached, no model in memory; %s", cached.cache.coverage())
@@ -291,11 +306,6 @@ def check_path(flag: str, path: str | None) -> None:
         raise InputError(missing)
     if "/" in path and (Path(path).parent.is_dir() or above.parent.is_dir()):  # a typo would wait for the hub
         logger.warning("%s; looking for it on the hub", missing)
-
-
-def vocabulary_size(path: str, **load_args) -> int:
-    """Number of logits of the model at `path`, from its config."""
-    return AutoConfig.from_pretrained(path, **load_args).get_text_config().vocab_size
 
 
 def prepare(name: str, backbone: PreTrainedModel, args: DistilConfig) -> Layout:

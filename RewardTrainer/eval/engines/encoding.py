@@ -87,14 +87,20 @@ class ChatEncoder:
         return batch["input_ids"]
 
 
+def longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest row that a model takes: the smaller of what config and tokenizer declare."""
+    # By attribute: GPT-2 and others store it under another name. XLNet says -1: any length.
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    return min(positions if positions > 0 else sys.maxsize, int(min(tokenizer.model_max_length, sys.maxsize)))
+
+
 def resolve_max_length(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, asked: int | None) -> int:
     """The asked length, or the smaller of what config and tokenizer declare (either may declare nothing).
 
     Raises:
         InputError: more than the model takes is asked for
     """
-    positions = config.get_text_config().to_dict().get("max_position_embeddings") or sys.maxsize
-    limit = min(positions, int(min(tokenizer.model_max_length, sys.maxsize)))
+    limit = longest_input(config, tokenizer)
     if asked is None:
         return limit
     if not 1 <= asked <= limit:
