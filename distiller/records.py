@@ -54,7 +54,8 @@ FURTHER_FIELDS = ("messages", "responses", "teacher_response")
 """Part of the identity where a row has them."""
 
 
-_REPEATED_ID = Unfit("field `id` came before in the file", "give every row an id of its own, or drop the repetition")
+_REPEATED_ROW = Unfit("the row came before in the file", "drop the repetition, or give both an id of their own")
+_REPEATED_ID = Unfit("field `id` came before in the file, with other content", "give every row an id of its own")
 _REPEATED_CONTENT = Unfit(
     "this content came before in the file, and the row has no `id`", "drop the repetition, or give both an id"
 )
@@ -122,7 +123,7 @@ class Rows:
 
     def _checked(self, unseen: dict[str, str]) -> Iterator[dict | BadRow]:
         """Every row, good or bad; takes the columns it meets out of `unseen`."""
-        seen: set[int] = set()  # 8-byte hashes of ids, not the rows
+        seen: dict[int, int] = {}  # 8-byte hashes: of ids, and of the lines they stood in
         for number, line in lines(self.source):
             row, fault = _parse(line)
             if row is not None:
@@ -132,10 +133,11 @@ class Rows:
             key, fault_of_id = _own_id(row, number)
             fault = fault or fault_of_id or self._fault(row)
             if id_key(key) in seen:
-                fault = fault or (_REPEATED_ID if row.get("id") is not None else _REPEATED_CONTENT)
+                same = _REPEATED_ROW if seen[id_key(key)] == hash(line.strip()) else _REPEATED_ID
+                fault = fault or (same if row.get("id") is not None else _REPEATED_CONTENT)
                 while id_key(key) in seen:
                     key = f"{key}#{number}"
-            seen.add(id_key(key))
+            seen[id_key(key)] = hash(line.strip())
             if fault:
                 raw = line.decode("utf-8", "backslashreplace")[:RAW_LIMIT]
                 yield BadRow(key, self.source, number, fault.reason, fault.remedy, raw)

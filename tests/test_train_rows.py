@@ -67,6 +67,12 @@ def test_repeated_rows_are_dropped_with_a_count(tmp_path, caplog):
     assert len(train) == 3 and "2 repeated rows dropped" in caplog.text
 
 
+def test_an_id_that_two_rows_of_other_content_have_is_refused(tmp_path):
+    rows = pairs(3)
+    with pytest.raises(InputError, match="line 4: field `id` came before in the file, with other content; give every"):
+        load_pairs(write(tmp_path / "s.jsonl", [*rows, rows[0] | {"chosen": "another one"}]))
+
+
 def test_rows_of_one_prompt_never_straddle_the_split(tmp_path):
     path = write(tmp_path / "s.jsonl", pairs(60, prompts=20))
     train, held_out = load_pairs(path, eval_ratio=0.2, seed=3)
@@ -96,12 +102,13 @@ def test_prompts_that_differ_in_outer_white_space_or_form_count_as_one(tmp_path)
 
 def test_training_rows_held_out_in_the_eval_file_are_dropped_with_a_count(tmp_path, caplog):
     rows = pairs(5)
-    held_out = [{**rows[0], "id": "other"}, {**rows[3], "prompt": "new"}]  # the prompt of p0, the id of p3
+    # The prompts of p0 and p2; the id of p3 says nothing.
+    held_out = [{**rows[0], "id": "other"}, {**rows[3], "prompt": rows[2]["prompt"]}]
     with caplog.at_level(logging.WARNING):
         train, eval_rows = load_pairs(
             write(tmp_path / "a.jsonl", rows), eval_file=write(tmp_path / "b.jsonl", held_out)
         )
-    assert [row["id"] for row in train] == ["p1", "p2", "p4"]
+    assert [row["id"] for row in train] == ["p1", "p3", "p4"]
     assert [row["id"] for row in eval_rows] == ["other", "p3"]
     assert "2 training rows dropped" in caplog.text
 

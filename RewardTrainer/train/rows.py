@@ -29,7 +29,7 @@ REMEDIES = {
     "rejected_score": "python score/score_orig_vllm.py",
     "teacher_response": "python refine/refine_response_vllm.py",
 }
-REPEATED = "came before in the file"  # in the reason that distiller.records gives for a repeated row
+REPEATED = ("the row came before", "this content came before")  # how distiller.records says that a row is repeated
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def load_mixture(
 
     required: fields besides prompt, chosen, rejected: `LOSSES[...].needs`, and `teacher_response`. A missing margin
         is the difference of the scores where both are there.
-    eval_file: held-out rows, in the same columns. Training rows with the id or the prompt of one of them are dropped.
+    eval_file: held-out rows, in the same columns. Training rows with the prompt of one of them are dropped.
     eval_ratio: share in [0, 1) of the rows to hold out instead. Prompts are drawn by a hash of seed and prompt: the
         same ones whatever the order of the file, and all rows of a prompt together.
     limit: only the first rows of the sources, before anything is held out.
@@ -166,9 +166,9 @@ def _once(rows: list[dict]) -> list[dict]:
 
 
 def without(rows: list[dict], held_out: list[dict]) -> list[dict]:
-    """The rows that share neither id nor prompt with a held-out row."""
-    ids, prompts = {row["id"] for row in held_out}, {_prompt_key(row) for row in held_out}
-    return [row for row in rows if row["id"] not in ids and _prompt_key(row) not in prompts]
+    """The rows that share no prompt with a held-out row. Ids say nothing: files number their rows from 0 each."""
+    prompts = {_prompt_key(row) for row in held_out}
+    return [row for row in rows if _prompt_key(row) not in prompts]
 
 
 def split_by_prompt(rows: list[dict], ratio: float, seed: int) -> tuple[list[dict], list[dict]]:
@@ -224,7 +224,7 @@ def _read(
     rows, repeated = [], 0
     for row in read_rows(source, columns, limit, required=wanted, optional=NUMBERS):
         if isinstance(row, BadRow):
-            if REPEATED not in row.reason:
+            if not row.reason.startswith(REPEATED):
                 raise InputError(str(row))
             repeated += 1
             continue
