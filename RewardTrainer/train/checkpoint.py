@@ -184,7 +184,9 @@ def load_student(
             lm.resize_token_embeddings(len(tokenizer))
             logger.warning("%s: embeddings resized to %d tokens", path, len(tokenizer))
         backbone, lm_head = split_causal_lm(lm)
-        score = reward_head(head, config.get_text_config().hidden_size, std=config.initializer_range)
+        text = config.get_text_config()
+        std = getattr(text, "initializer_range", getattr(text, "init_std", 0.02))  # OPT has the other name
+        score = reward_head(head, text.hidden_size, std=std)
     backbone.config.pad_token_id = tokenizer.pad_token_id
     if is_deepspeed_zero3_enabled():
         # It loads the backbone in its own 16-bit type, keeps fp32 in the optimizer, and wants one type in the model.

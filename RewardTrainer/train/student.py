@@ -213,21 +213,30 @@ def choose_layout(
 def split_causal_lm(lm: PreTrainedModel) -> tuple[PreTrainedModel, LanguageHead]:
     """Backbone and LM head of a causal LM. InputError if its logits are more than head, scale and soft cap."""
     backbone, output = lm.base_model, lm.get_output_embeddings()
+    name = type(lm).__name__
+    try:
+        backbone.get_input_embeddings()
+    except NotImplementedError:  # a decoder in a wrapper of its own, as BART's
+        backbone = lm
     if backbone is lm or not isinstance(output, nn.Linear):
-        raise InputError(f"{type(lm).__name__} is not a backbone with a linear LM head on top; it cannot be a student")
+        raise InputError(f"{name} is not a backbone with a linear LM head on top; it cannot be a student")
     language_head = LanguageHead(output.weight, output.bias, lm.config)
     if runnable(backbone):
-        ids = torch.arange(4, device=output.weight.device).unsqueeze(0) + lm.config.vocab_size // 2
+        ids = torch.arange(4, device=output.weight.device).unsqueeze(0) + lm.config.get_text_config().vocab_size // 2
         training = lm.training
         lm.eval()
-        with torch.no_grad():
-            ours = language_head.logits(backbone(input_ids=ids, use_cache=False).last_hidden_state).float()
-            theirs = lm(input_ids=ids, use_cache=False).logits.float()
-        lm.train(training)
+        try:
+            with torch.no_grad():
+                theirs = lm(input_ids=ids, use_cache=False).logits.float()
+                ours = language_head.logits(backbone(input_ids=ids, use_cache=False).last_hidden_state).float()
+        except (RuntimeError, ValueError, TypeError) as fault:
+            said = str(fault).strip().partition("\n")[0]
+            raise InputError(f"{name} cannot be a student: its LM head on its hidden states fails ({said})") from fault
+        finally:
+            lm.train(training)
         if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item()):
             raise InputError(
-                f"{type(lm).__name__} changes its logits after the LM head in a way that is not known here; "
-                "train it with a loss on rewards alone or choose another student"
+                f"{name} makes its logits of hidden states in a way that is not known here; it cannot be a student"
             )
     return backbone, language_head
 
