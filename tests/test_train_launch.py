@@ -125,7 +125,7 @@ def test_killed_and_resumed_deepspeed_run_ends_with_the_weights_of_an_uninterrup
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["script", "rank"])
+@pytest.mark.parametrize("target", ["script", "rank", "group", "everybody", "usr1"])
 def test_sigterm_saves_a_checkpoint_that_goes_on_as_if_nothing_had_happened(world, zero3, target):
     output = world / f"stopped-{target}"
     long = ["--save_strategy", "no"]  # nothing but the signal saves
@@ -137,7 +137,15 @@ def test_sigterm_saves_a_checkpoint_that_goes_on_as_if_nothing_had_happened(worl
     tree = psutil.Process(process.pid).children(recursive=True)
     ranks = [member for member in tree if not member.children()]
     assert len(ranks) == 2
-    os.kill(process.pid if target == "script" else ranks[1].pid, signal.SIGTERM)
+    if target == "group":  # as `timeout` does, which may be impatient
+        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)
+    elif target == "usr1":  # as Slurm's --signal=B:USR1@120 does
+        os.kill(process.pid, signal.SIGUSR1)
+    else:  # everybody: as `scancel` does
+        members = {"script": [process.pid], "rank": [ranks[1].pid]}
+        for pid in members.get(target, [member.pid for member in tree] + [process.pid]):
+            os.kill(pid, signal.SIGTERM)
     assert process.wait(timeout=120) == 143, log.read_text(errors="replace")[-4000:]
     assert not psutil.wait_procs(tree, timeout=10)[1]
     assert last_checkpoint(output) and not (output / "model.safetensors").exists()

@@ -12,7 +12,7 @@
 # MASTER_PORT    default: a free one (with a hostfile 29500)
 # MASTER_ADDR    with a hostfile: the first node's address for the others; default: the first that its `hostname -I` gives
 # TORCH_EXTENSIONS_DIR  where DeepSpeed keeps what it compiles; default: in the Python environment
-# SIGTERM saves a checkpoint and ends with exit code 143.
+# SIGTERM saves a checkpoint and ends with exit code 143, to this script, to a rank, or to all at once; so does SIGUSR1.
 # Paths are relative to RewardTrainer/, from wherever this is called.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -103,12 +103,22 @@ if [[ -f "$config" ]] && grep -q '^deepspeed:' "$config"; then
 fi
 defaults+=("${zero_config[@]}")
 
-deepspeed "${launch[@]}" --no_local_rank --module RewardTrainer.train.run_reward_train ${defaults[@]+"${defaults[@]}"} "$@" &
+# In a session of its own: a signal to the process group (`timeout`, a scheduler) reaches this script, which tells the
+# ranks, and not DeepSpeed's launchers, which would kill them.
+session=()
+command -v setsid >/dev/null && session=(setsid)
+(
+  trap '' USR1
+  exec ${session[@]+"${session[@]}"} deepspeed "${launch[@]}" --no_local_rank --module RewardTrainer.train.run_reward_train \
+    ${defaults[@]+"${defaults[@]}"} "$@"
+) &
 launcher=$!
+stopped=
 
 # Pre-emption: the ranks save a checkpoint and end. DeepSpeed's launchers would not let them: the one of a single node dies
 # and leaves them running, that of several kills them. So the signal goes to the children of each node's launcher.
 stop() {
+  stopped=1
   if ((${#hosts[@]} > 1)); then
     local ranks="pgrep -d, -f '^[^ ]+ -u -m deepspeed[.]launcher[.]launch .* --node_rank=%n .* --master_port=$MASTER_PORT '"
     local told
@@ -129,15 +139,18 @@ with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
 PYTHON
   fi
 }
-trap stop TERM
+trap stop TERM USR1 HUP
 interrupted=
-trap 'interrupted=130' INT # Ctrl-C reaches the launcher too, which ends the ranks
+trap 'interrupted=130; [[ -z "${session[*]-}" ]] || kill -INT -- "-$launcher" 2>/dev/null || true' INT # the launcher ends the ranks
 
 code=0
 while kill -0 "$launcher" 2>/dev/null; do
   code=0
   wait "$launcher" || code=$?
 done
+if [[ -n "$stopped" && -n "${session[*]-}" ]]; then # a launcher that was told as well may be gone before its ranks
+  while pgrep -s "$launcher" >/dev/null 2>&1; do sleep 0.5; done
+fi
 ((code == 0)) || remove_dead_locks 0
 if ((gpus == 0)) && [[ -z "${HOSTFILE:-}" ]]; then
   rm -f /dev/shm/deepspeed_*_"$MASTER_PORT"_* # 66 MB a rank, which DeepSpeed leaves behind on a CPU

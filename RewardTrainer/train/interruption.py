@@ -1,8 +1,9 @@
 """Pre-emption and going on: a run that is told to stop saves a checkpoint, and a checkpoint is gone on from with the
 settings and the rows it was made with, or not at all.
 
-SIGTERM to any rank makes all of them finish the optimizer step, save a checkpoint and end with exit code 143. A second
-SIGTERM ends a rank at once, like SIGKILL; so does the first one before the first step and after the last.
+SIGTERM or SIGUSR1 to any rank makes all of them finish the optimizer step, save a checkpoint and end with exit code
+143. Further ones change nothing: a scheduler sends its signal to every process, and launchers pass theirs on. Before
+the first step and after the last a signal ends a rank at once, like SIGKILL.
 """
 
 import hashlib
@@ -51,11 +52,10 @@ class SaveOnSigterm(TrainerCallback):
         self.told = self.agreed = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._before = signal.signal(signal.SIGTERM, self._stop)
+        self._before = {each: signal.signal(each, self._stop) for each in (signal.SIGTERM, signal.SIGUSR1)}
 
     def _stop(self, signum: int, frame: object) -> None:
         self.told = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.agreed = self.told
@@ -72,11 +72,13 @@ class SaveOnSigterm(TrainerCallback):
         if self.agreed:
             if args.world_size > 1:  # the launcher ends the others as soon as one is gone
                 torch.distributed.barrier()
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this rank's own may come late: it is ending already
+            for each in self._before:
+                signal.signal(each, signal.SIG_IGN)  # this rank's own may come late: it is ending already
             raise Interrupted(f"{args.output_dir}/checkpoint-{state.global_step}")
 
     def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self._before)
+        for each, before in self._before.items():
+            signal.signal(each, before)
 
 
 def run_settings(
