@@ -431,6 +431,19 @@ def test_rows_are_no_longer_than_the_model_takes(world, tmp_path, caplog, side):
     assert json.loads((tmp_path / "out/metrics.json").read_text())["counts"]["train"]["truncated"] >= 1
 
 
+def test_home_directory_in_a_recipe_and_further_training_of_a_finished_model(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "world").symlink_to(world)
+    recipe = tmp_path / "recipe.yaml"
+    names = {"model_name_or_path": "student", "teacher_model": "teacher", "train_file": "scored.jsonl"}
+    lines = [f"{name}: ~/world/{path}" for name, path in names.items()]
+    recipe.write_text("\n".join([*lines, "output_dir: ~/first", "max_steps: 2", "save_strategy: 'no'"]))
+    run_reward_train.main(["--config", str(recipe)])
+    run_reward_train.main(["--config", str(recipe), "--model_name_or_path=~/first", "--output_dir=~/second"])
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
 def test_checkpoint_without_the_optimizer_is_not_gone_on_from(world, tmp_path):
     given = [*flags(world, tmp_path / "out", batch_size=2), "--save_only_model", "true", "--max_steps", "2"]
     given += ["--save_strategy", "steps", "--save_steps", "1"]

@@ -17,6 +17,15 @@ from trl import TrlParser
 from distiller.records import InputError
 from RewardTrainer.train.losses import LOSSES, check_weights
 
+PATHS = {
+    "model_name_or_path",
+    "teacher_model",
+    "teacher_logprobs",
+    "train_file",
+    "eval_file",
+    "output_dir",
+    "deepspeed",
+}
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -294,4 +303,9 @@ def parse(
             flag = unknown[0].partition("=")[0]
             near = difflib.get_close_matches(flag.lstrip("-"), known, n=1)
             raise InputError(f"{place}unknown argument {flag}" + (f", did you mean --{near[0]}?" if near else ""))
+    for part in parsed:  # which a shell does, and a recipe does not
+        for name in PATHS & part.__dataclass_fields__.keys():
+            if getattr(part, name):
+                paths = str(getattr(part, name)).split(",")
+                setattr(part, name, ",".join(os.path.expanduser(path.strip()) for path in paths))
     return tuple(parsed)
