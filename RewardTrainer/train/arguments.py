@@ -17,15 +17,7 @@ from trl import TrlParser
 from distiller.records import InputError
 from RewardTrainer.train.losses import LOSSES, check_weights
 
-PATHS = {
-    "model_name_or_path",
-    "teacher_model",
-    "teacher_logprobs",
-    "train_file",
-    "eval_file",
-    "output_dir",
-    "deepspeed",
-}
+PATHS = {"model_name_or_path", "teacher_model", "teacher_logprobs", "train_file", "eval_file", "output_dir"}
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -306,6 +298,6 @@ def parse(
     for part in parsed:  # which a shell does, and a recipe does not
         for name in PATHS & part.__dataclass_fields__.keys():
             if getattr(part, name):
-                paths = str(getattr(part, name)).split(",")
-                setattr(part, name, ",".join(os.path.expanduser(path.strip()) for path in paths))
+                paths = getattr(part, name).split(",")  # of --train_file there may be several
+                setattr(part, name, ",".join(map(os.path.expanduser, paths)))
     return tuple(parsed)
