@@ -85,8 +85,8 @@ def check_weights(model: str) -> None:
             directory = Path(hf_hub_download(model, "config.json")).parent
         except (OSError, HFValidationError) as error:
             raise EngineNotStarted(
-                f"teacher model {model!r}: no such directory (looked from {Path.cwd()}), and not to be had from the "
-                f"hub either ({type(error).__name__}). Check --model and the directory the command is run from"
+                f"teacher model {model!r}: no such directory (looked from {Path.cwd()}), and it cannot be fetched "
+                f"from the hub either ({type(error).__name__}). Check --model and the current directory"
             ) from error
     names = [path.name for path in directory.iterdir()]
     if "config.json" not in names:

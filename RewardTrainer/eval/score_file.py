@@ -194,8 +194,8 @@ def run(arguments: ScoreFileArguments) -> dict[str, int]:
     if Path(output).resolve() == Path(arguments.input).resolve():
         raise InputError(f"--output {output} would write over the input")
     rows = read_rows(arguments.input, parse_columns(arguments.columns), arguments.limit)
-    identity = {each.name: getattr(arguments, each.name) for each in fields(arguments)}
-    identity = {name: value for name, value in identity.items() if name not in arguments.HARMLESS}
+    names = [each.name for each in fields(arguments) if each.name not in arguments.HARMLESS]
+    identity = {name: getattr(arguments, name) for name in names}
     identity |= {"model_files": model_fingerprint(arguments.model), "input": survey(arguments.input)[1]}
     identity["adapter_file"] = hash_file(arguments.adapter) if arguments.adapter else None
     iterator = iter(rows)

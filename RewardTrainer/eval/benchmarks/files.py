@@ -96,7 +96,7 @@ def hub_rows(dataset: str, split: str, remedy: str, **options: str) -> Iterator[
     try:
         rows = datasets.load_dataset(dataset, split=split, **options)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as fault:
-        raise InputError(f"{dataset} ({split}) is not to be had from the hub: {fault}\n{remedy}") from fault
+        raise InputError(f"{dataset} ({split}) cannot be fetched from the hub: {fault}\n{remedy}") from fault
     for number, row in enumerate(rows, 1):
         yield f"{dataset} {split}, row {number}", row
 

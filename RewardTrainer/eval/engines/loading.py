@@ -3,7 +3,7 @@
 1. *A head that was never trained.* `AutoModelForSequenceClassification` fills missing weights with random numbers and
    only warns; a plain causal LM then scores like a coin. Missing weights are refused.
 2. *Two labels.* Comparing rewards needs one number; a two-label model is refused, not indexed.
-3. *Pickled weights, remote code.* Never read; only on request, and said aloud.
+3. *Pickled weights, remote code.* Never read; only on request, and then announced.
 """
 
 from __future__ import annotations
