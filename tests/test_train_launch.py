@@ -46,15 +46,18 @@ def flags(world: Path, output: Path, batch_size: int) -> list[str]:
     ]
 
 
-def launch(world: Path, output: Path, *extra: str, zero: int, wait: bool = True) -> subprocess.Popen:
+def launch(
+    world: Path, output: Path, *extra: str, zero: int | None, ranks: int = 2, wait: bool = True
+) -> subprocess.Popen:
     """train_distilrm.sh on two ranks, from another directory; its output goes to a file beside `output`."""
     log = output.with_suffix(".log").open("ab")
-    given = [*flags(world, output, batch_size=1), *extra]
+    given = [*flags(world, output, batch_size=2 // ranks), *extra]
+    stage = {} if zero is None else {"ZERO": str(zero)}
     process = subprocess.Popen(
         # bash traps no signal that was ignored when it began, as SIGINT is where the tests run in the background
         ["env", "--default-signal=INT", "bash", str(SCRIPTS / "train_distilrm.sh"), *given],
         cwd=world,
-        env=os.environ | {"NUM_PROCESSES": "2", "ZERO": str(zero), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"NUM_PROCESSES": str(ranks), "OMP_NUM_THREADS": "1"} | stage,
         stdout=log,
         stderr=log,
         start_new_session=True,
@@ -103,6 +106,16 @@ def test_two_ranks_under_zero3_train_as_one_process_without_deepspeed(world, zer
             if name.startswith("eval_") and "second" not in name and "time" not in name:
                 assert after[when][name] == pytest.approx(value, abs=1e-3), name
     AutoModelForSequenceClassification.from_pretrained(zero3)
+
+
+@pytest.mark.slow
+def test_one_process_under_a_configuration_of_its_own_ends_with_the_weights_of_two(world, zero3):
+    launch(world, world / "single", zero=None, ranks=1)
+    assert "1 process(es), DEEPSPEED, ZeRO stage 1" in (world / "single.log").read_text(errors="replace")
+    for file in ("model.safetensors", "lm_head/model.safetensors"):
+        one, whole = load_file(world / "single" / file), load_file(zero3 / file)
+        for name in whole:
+            torch.testing.assert_close(one[name], whole[name], rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

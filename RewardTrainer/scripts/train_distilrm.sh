@@ -8,7 +8,8 @@
 #   HOSTFILE=hosts.txt bash scripts/train_distilrm.sh --config ...            # several nodes, DeepSpeed's hostfile format
 #
 # NUM_PROCESSES  processes on this machine; default: the number of GPUs, or 1. With a hostfile: on each node, default its slots
-# ZERO           2 (default), 1, 3, 2_offload, 3_offload: which of configs/deepspeed/; `--deepspeed FILE` gives another
+# ZERO           2 (default), 1, 3, 2_offload, 3_offload: which of configs/deepspeed/; a single process takes single.json.
+#                `--deepspeed FILE` gives another
 # MASTER_PORT    default: a free one (with a hostfile 29500)
 # MASTER_ADDR    with a hostfile: the first node's address for the others; default: the first that its `hostname -I` gives
 # TORCH_EXTENSIONS_DIR  where DeepSpeed keeps what it compiles; default: in the Python environment
@@ -18,7 +19,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 config="${TRAIN_CONFIG:-configs/train/example.yaml}"
-zero="${ZERO:-2}"
 if ! command -v deepspeed >/dev/null && [[ -x ../.venv/bin/deepspeed ]]; then
   PATH="$(cd .. && pwd)/.venv/bin:$PATH"
 fi
@@ -89,7 +89,10 @@ fi
 
 # What the recipe or the command line says comes before the defaults here.
 defaults=(--config "$config")
-zero_config=(--deepspeed "configs/deepspeed/zero$zero.json")
+zero_config=(--deepspeed "configs/deepspeed/zero${ZERO:-2}.json")
+if [[ -z "${ZERO:-}${HOSTFILE:-}" ]] && ((processes == 1)); then # nothing to share out
+  zero_config=(--deepspeed configs/deepspeed/single.json)
+fi
 arguments=("$@")
 for i in "${!arguments[@]}"; do
   case "${arguments[i]}" in

@@ -51,6 +51,7 @@ from RewardTrainer.train.losses import center_loss, check_weights, loss_spec, re
 from RewardTrainer.train.speed import Speed, peak_flops
 from RewardTrainer.train.student import LiveTeacher
 from RewardTrainer.train.token_budget import TokenBudget
+from RewardTrainer.train.zero_step import LightZeroStep
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,8 @@ class DistilTrainer(Trainer):
         if plugin is not None and plugin.zero_stage and (self.args.bf16 or self.args.fp16):
             hold_masters(self.model)
             self.add_callback(MastersAtStart())
+        if plugin is not None:
+            self.add_callback(LightZeroStep())
         # Of each forward since the last step: rows, their losses, and, on the host once the event has come, whether
         # all are finite.
         self._losses: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
