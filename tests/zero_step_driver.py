@@ -1,12 +1,12 @@
-"""Run by `deepspeed`: a few clipped steps under each configuration, as DeepSpeed takes them and lightened.
+"""Run by `deepspeed zero_step_driver.py CONFIGURATIONS`: steps under each, as DeepSpeed takes them and lightened.
 
-Prints one JSON line on the first rank: by configuration, whether it was lightened; the norms of both; and the largest
-difference of fp32 weights and first moments (a tenth of the clipped gradient after one step, which Adam's weights
-alone would hardly show).
+Prints one JSON line on the first rank: by configuration, precision and size of the loss, whether it was lightened; the
+norms of both; and the largest difference of fp32 weights and of first moments. Those are a tenth of the clipped
+gradient after one step, which Adam's weights would hardly show.
 """
 
 import json
-import os
+import sys
 from pathlib import Path
 
 import deepspeed
@@ -31,14 +31,14 @@ def train(config: dict, lightened: bool, scale: float) -> tuple[bool, list[float
         engine.backward(scale * engine(batch.to(next(model.parameters()).dtype)).float().square().mean())
         engine.step()
         norms.append(float(engine.get_global_grad_norm()))
-    state = [part[name] for part in engine.optimizer.optimizer.state.values() for name in ("exp_avg",)]
-    return done, norms, [*engine.optimizer.single_partition_of_fp32_groups, *state]
+    moments = [state["exp_avg"] for state in engine.optimizer.optimizer.state.values()]
+    return done, norms, [*engine.optimizer.single_partition_of_fp32_groups, *moments]
 
 
 def main() -> None:
     deepspeed.init_distributed()
     found = {}
-    names = os.environ["CONFIGS"].split(",")
+    names = sys.argv[1].split(",")
     for name, precision, scale in [(n, p, s) for n in names for p in ("fp32", "bf16") for s in (1e-4, 10.0)]:
         config = json.loads((CONFIGS / f"{name}.json").read_text()) | {"gradient_clipping": CLIP}
         config |= {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1}
@@ -51,6 +51,7 @@ def main() -> None:
             "norms": norms,
             "light_norms": light_norms,
             "apart": float(apart),
+            "clip": CLIP,
         }
     if torch.distributed.get_rank() == 0:
         print(json.dumps(found), flush=True)

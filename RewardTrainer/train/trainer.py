@@ -14,11 +14,11 @@ The pairs that the data loader hands out at once go through the model in as many
 ranks take the same number of forwards, the largest that one of them needs.
 
 The host is to be ahead of the device: between two steps it has much to do, and the device nothing while it waits for
-work. So the host waits for it once an optimizer step: where DeepSpeed clips gradients and wants to know their norm, or
-without it when it reads whether the losses, all of them known before the last backward pass, were finite. Nothing else
-reads a number from the device (the log does, every `--logging_steps`), or copies one there from memory that is not
-pinned. Several ranks exchange numbers thrice more: before the first forward how many pairs and forwards each has, and
-after the step whether all losses were finite and whether one was told to stop (`interruption.py`).
+work. So the host waits for it once an optimizer step, when it reads whether the losses were finite, all of which are
+known before the last backward pass ends (ZeRO-3 has it wait for the norm of the gradients, too; `zero_step.py`).
+Nothing else reads a number from the device (the log does, every `--logging_steps`), or copies one there from memory
+that is not pinned. Several ranks exchange numbers thrice more: before the first forward how many pairs and forwards
+each has, and after the step whether all losses were finite and whether one was told to stop (`interruption.py`).
 """
 
 import json

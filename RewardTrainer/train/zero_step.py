@@ -1,9 +1,9 @@
 """The end of a step under DeepSpeed's ZeRO-1 and -2: the same weights, without what costs a GPU a tenth of the step.
 
-DeepSpeed 0.19 takes the norm of the gradients from a copy of them in fp64; it clips them in a pass of its own; and
-before that the host waits for the norm, so that the device has nothing to do when the next step begins. Here the norm
-is summed in fp32 from the gradients as they are, stays on the device, and the optimizer's kernel divides by it: torch's
-fused ones take a `grad_scale`, which is what `torch.amp.GradScaler` gives them.
+DeepSpeed 0.19 takes the norm of the gradients from a copy of them in fp64, clips them in a pass of its own, and has
+the host wait for the norm before that, so that the device has nothing to do when the next step begins. Here the norm
+is summed in fp32 from the gradients as they are and stays on the device, and the optimizer's kernel divides by it:
+torch's fused ones take a `grad_scale`, as `torch.amp.GradScaler` gives it to them.
 
 DeepSpeed's methods are replaced on the one optimizer. A version that has none of these names does as it always did.
 """
@@ -22,8 +22,8 @@ class LightZeroStep(TrainerCallback):
 
 
 def lighten(zero) -> bool:
-    """zero: DeepSpeed's optimizer. False where it stays as it is: with ZeRO-3, in fp16, whose scale the host must know,
-    kept in the CPU's memory, or around another optimizer than a fused one of torch."""
+    """zero: DeepSpeed's optimizer. False where it stays as it is: ZeRO-3, fp16 (whose scale the host must know),
+    weights kept in the CPU's memory, or another optimizer than a fused one of torch."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # it chooses its accelerator when imported
 
     if not isinstance(zero, DeepSpeedZeroOptimizer) or zero.dtype == torch.float16 or zero.cpu_offload:
