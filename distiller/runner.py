@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -209,12 +210,12 @@ def run_stage(
             store.record_engine(engine.facts())
             store.forget_failed(row.id if isinstance(row, BadRow) else row["id"] for row in rows)
         pending = _pending(rows, store)
-        progress = Progress(total, store, progress_seconds)
         row = next(pending, None)
         if row is not None and budget.allows(0):
             start()
             store.record_engine(engine.facts())
-            row = _drive(row, pending, work, engine, store, budget, progress)
+            with Progress(total, store, progress_seconds, engine) as progress:
+                row = _drive(row, pending, work, engine, store, budget, progress)
         left = 0 if row is None else 1 + sum(1 for _ in pending)
         if retry_failed and engine is None:  # the cap is reached: they are left too
             left += store.counts["failed"]
@@ -273,6 +274,7 @@ def _drive(
             key, row = key + 1, next(pending, None)
         if not flying:
             return row
+        progress.under_way = len(flying)
         replies = engine.collect()
         if not replies:
             raise EngineDead(f"the engine lost {len(flying)} asks that were in flight")
@@ -294,7 +296,6 @@ def _drive(
             )
         if dead:
             raise dead
-        progress.tell()
 
 
 def _advance(
@@ -332,29 +333,67 @@ def _advance(
 
 
 class Progress:
-    """A line on stderr every few seconds: `1200/10000 rows, 3 failed, 41 filtered, 12.1 rows/s, 12m08s left`."""
+    """A line on stderr every `seconds`, from a thread of its own, since an engine can be at one step for long:
 
-    def __init__(self, total: int, store: Store | WholeFiles, seconds: float):
-        self.total, self.store, self.seconds = total, store, seconds
+        12/300 rows, 0 failed, 1 filtered, 64 under way, 5,120 tokens written, 21,004 read, 117 written/s, 12m08s left
+
+    Tokens count from here on, those of replies under way included where the engine can tell (`TeacherEngine.tokens`).
+    The time left is that of the rows' tokens: as many a row as the finished ones took, less what has been written.
+    """
+
+    def __init__(self, total: int, store: Store | WholeFiles, seconds: float, engine: TeacherEngine | None = None):
+        self.total, self.store, self.seconds, self.engine = total, store, seconds, engine
+        self.under_way = 0
         self.before = store.counts.total()
-        self.started = self.told = time.monotonic()
+        self.started = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._tell, name="progress", daemon=True)
         if self.before:
             print(f"{self.before} of {total} rows are finished already; going on", file=sys.stderr)
 
-    def tell(self) -> None:
-        now = time.monotonic()
-        if now - self.told < self.seconds:
-            return
-        self.told = now
+    def __enter__(self) -> Progress:
+        self.started = time.monotonic()
+        if self.engine is not None:
+            usage = self.store.manifest.usage
+            self._earlier = usage.completion_tokens, usage.prompt_tokens
+            self._earlier_of_engine = self._of_engine()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _tell(self) -> None:
+        while not self._ended.wait(self.seconds):
+            print(self.line(), file=sys.stderr, flush=True)
+
+    def line(self) -> str:
+        seconds = time.monotonic() - self.started
         counts = self.store.counts
-        rate = (counts.total() - self.before) / (now - self.started)
-        left = _duration((self.total - counts.total()) / rate) if rate else "unknown time"
-        print(
-            f"{counts.total()}/{self.total} rows, {counts['failed']} failed, {counts['filtered']} filtered, "
-            f"{rate:.3g} rows/s, {left} left",
-            file=sys.stderr,
-            flush=True,
-        )
+        rows, finished = counts.total(), counts.total() - self.before
+        said = [f"{rows}/{self.total} rows", f"{counts['failed']} failed", f"{counts['filtered']} filtered"]
+        left = (self.total - rows) / finished * seconds if finished else None
+        if self.engine is not None:
+            usage = self.store.manifest.usage
+            answered = usage.completion_tokens - self._earlier[0], usage.prompt_tokens - self._earlier[1]
+            now = self._of_engine()
+            written, read = answered
+            if now is not None:
+                written, read = (count - before for count, before in zip(now, self._earlier_of_engine, strict=True))
+            said += [f"{self.under_way} under way", f"{written:,} tokens written", f"{read:,} read"]
+            said.append(f"{written / seconds:.3g} written/s")
+            if finished and answered[0]:
+                ahead = (self.total - rows) * answered[0] / finished - (written - answered[0])
+                left = ahead * seconds / written
+        else:
+            said.append(f"{finished / seconds:.3g} rows/s")
+        said.append("time left unknown until a row is finished" if left is None else f"{_duration(left)} left")
+        return ", ".join(said)
+
+    def _of_engine(self) -> tuple[int, int] | None:
+        tokens = getattr(self.engine, "tokens", None)
+        return None if tokens is None else tokens()
 
 
 def _duration(seconds: float) -> str:

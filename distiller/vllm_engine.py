@@ -8,15 +8,18 @@ What the obvious way gets wrong, and this file therefore does itself:
    does not fit. Here the prompt is rendered and counted first, and the ask that does not fit comes back alone, as an
    AskError.
 2. A killed engine process (out of memory) leaves `llm.chat` waiting for ever. Here the process is watched.
-3. On CPU the defaults either crash (a seeded request whose prefill is split) or are ten times slower (OpenMP threads
-   under an in-process engine). `prepare_cpu` and the CPU arguments in `VLLMEngine` are the settings that work.
+3. On CPU the defaults either crash (a seeded request whose prefill is split) or are many times slower (OpenMP threads
+   that wait for each other on a busy machine). `prepare_cpu` and the CPU arguments in `VLLMEngine` are the settings
+   that work.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import signal
+import sys
 import threading
 from importlib import metadata
 from multiprocessing.connection import wait
@@ -25,9 +28,10 @@ from pathlib import Path
 from distiller.chat import OPEN, check_messages, split_thinking
 from distiller.engine import Ask, AskError, Choices, Completion, EngineDead, EngineNotStarted, Sampling
 from distiller.vllm_choices import Weighing
-from distiller.vllm_setup import check_weights, is_cpu_build, long_rope, prepare_cpu, vllm_version
+from distiller.vllm_setup import check_weights, cpu_threads, is_cpu_build, long_rope, prepare_cpu, vllm_version
 
 WATCH_SECONDS = 2.0  # how often a running step looks whether the engine process is alive
+COUNTERS = ("vllm:generation_tokens", "vllm:prompt_tokens")
 QUEUED_AHEAD = 1.25  # asks in flight for each sequence vLLM runs at once, so that a freed slot never waits for us
 
 
@@ -74,9 +78,10 @@ class VLLMEngine:
             "max_num_seqs": max_num_seqs,
             "load_format": "safetensors",
             "enable_prefix_caching": True,
+            "disable_log_stats": False,  # for `tokens`
         }
         if is_cpu_build():
-            prepare_cpu()
+            prepare_cpu(cpu_threads(model))
             # Without chunked prefill vLLM itself raises max_num_batched_tokens to max_model_len: no prefill is split.
             arguments |= {"enforce_eager": True, "enable_chunked_prefill": False, "use_tqdm_on_load": False}
             arguments["dtype"] = "float32" if dtype == "auto" else dtype
@@ -112,6 +117,9 @@ class VLLMEngine:
         rope = long_rope(self.llm.llm_engine.model_config.hf_text_config.to_dict(), self.max_model_len)
         if rope:
             self._facts["rope"] = rope
+        if is_cpu_build():
+            threads = f"OMP_NUM_THREADS {os.environ['OMP_NUM_THREADS']}"
+            print(f"vLLM runs on the CPU, in {self._facts['dtype']}, {threads}", file=sys.stderr)
         self._stepper = _Stepper(self.llm.llm_engine.step) if self.processes else None
 
     @staticmethod
@@ -255,6 +263,11 @@ class VLLMEngine:
             raise
         except (VLLMError, RuntimeError) as error:
             raise EngineDead(f"vLLM died while generating: {type(error).__name__}: {error}") from error
+
+    def tokens(self) -> tuple[int, int]:
+        """Written and read by the engines of this process, replies under way included. From any thread."""
+        counts = {metric.name: metric.value for metric in self.llm.get_metrics() if metric.name in COUNTERS}
+        return tuple(counts.get(name, 0) for name in COUNTERS)
 
     def close(self) -> None:
         """Drop what is in flight and free the engine's processes and memory. May be called again."""

@@ -168,23 +168,22 @@ def filter_pairs(args: FilterArguments) -> int:
     }
     statistics, removed = Statistics(), Counter()
     with closing(WholeFiles(args.output, Manifest(identity, made_with()), overwrite=args.overwrite)) as files:
-        progress = Progress(min(total, args.limit or total), files, 5.0)
-        for row in rows:
-            if isinstance(row, BadRow):
-                if files.counts["failed"] < BAD_ROWS_SHOWN:
-                    print(f"bad row: {row}", file=sys.stderr)
-                files.write("failed", row.as_failed())
-                continue
-            pair = Pair(row)
-            statistics.add(pair)
-            removal = gates.first_removal(on, pair)
-            if removal is None:
-                files.write("done", row)
-            else:
-                gate, value = removal
-                removed[gate.reason] += 1
-                files.write("filtered", {**row, "reason": gate.reason, "reason_value": value})
-            progress.tell()
+        with Progress(min(total, args.limit or total), files, 5.0):
+            for row in rows:
+                if isinstance(row, BadRow):
+                    if files.counts["failed"] < BAD_ROWS_SHOWN:
+                        print(f"bad row: {row}", file=sys.stderr)
+                    files.write("failed", row.as_failed())
+                    continue
+                pair = Pair(row)
+                statistics.add(pair)
+                removal = gates.first_removal(on, pair)
+                if removal is None:
+                    files.write("done", row)
+                else:
+                    gate, value = removal
+                    removed[gate.reason] += 1
+                    files.write("filtered", {**row, "reason": gate.reason, "reason_value": value})
         files.publish()
     print(report(args, files, on, removed, statistics, benchmarks), file=sys.stderr)
     return int(failure_rate(files) > args.max_failure_rate)

@@ -1,20 +1,24 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from distiller.engine import Ask, AskError, Completion, EngineDead, EngineNotStarted
 from distiller.manifest import Manifest, differences
 from distiller.records import BadRow, InputError, read_rows
-from distiller.runner import Done, Failed, Filtered, ParseError, ask_seed, ask_until, run_stage
+from distiller.runner import Done, Failed, Filtered, ParseError, Progress, ask_seed, ask_until, run_stage
 from distiller.store import LineFile, Store
+from distiller.usage import Usage
 
 SUFFIXES = ("", ".filtered.jsonl", ".failed.jsonl")
 
@@ -363,10 +367,51 @@ def test_the_seed_of_an_ask_depends_on_run_row_ask_and_try_alone():
     assert ask_seed(0, "a") == 914939576
 
 
-def test_progress_tells_how_far_it_is(tmp_path, capsys):
-    stage(tmp_path / "o.jsonl", make_rows(20), progress_seconds=0)
+def test_progress_tells_how_far_it_is_while_no_row_is_finished_and_later(tmp_path, capsys):
+    class Slow(ScriptedEngine):
+        """Of every ask it writes a token each time it is asked for what has finished, and ends it with the fourth."""
+
+        written = read = 0
+
+        def submit(self, key, ask):
+            super().submit(key, ask)
+            self.read += 5
+
+        def collect(self):
+            for _ in range(4):
+                self.written += len(self.flying)
+                time.sleep(0.03)
+            return [
+                (key, Completion(self._answer(self.flying.pop(key)).text, None, "stop", 5, 4, None))
+                for key in list(self.flying)
+            ]
+
+        def tokens(self):
+            return self.written, self.read
+
+    stage(tmp_path / "o.jsonl", make_rows(20), Slow(), progress_seconds=0.02)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("20/20 rows,") and "rows/s, 0s left" in lines[-1]
+    pattern = (
+        r"(\d+)/20 rows, \d+ failed, \d+ filtered, (\d) under way, (\d+) tokens written, (\d+) read, "
+        r"\S+ written/s, (time left unknown until a row is finished|(\S+) left)"
+    )
+    told = [match for line in lines if (match := re.fullmatch(pattern, line))]
+    assert len(told) > 5 and told[0][1] == "0" and told[0][6] is None and told[0][2] == "7"
+    written = [int(match[3]) for match in told]
+    assert written == sorted(written) and 0 < written[0] < 28 < written[-1]  # 28: of the first seven asks
+    assert int(told[-1][1]) > 7 and told[-1][6] is not None
+
+
+def test_the_time_left_is_that_of_the_tokens_not_yet_written(tmp_path):
+    usage = Usage()
+    store = SimpleNamespace(counts=Counter(), manifest=SimpleNamespace(usage=usage))
+    engine = SimpleNamespace(tokens=lambda: (1500, 0))
+    progress = Progress(20, store, 60, engine)
+    progress._earlier, progress._earlier_of_engine = (0, 0), (500, 0)
+    progress.started -= 100
+    store.counts["done"], usage.completion_tokens = 2, 400
+    # 200 tokens a row: 18 rows are 3,600, of which 600 are written, at 1,000 in 100 s.
+    assert progress.line().endswith("1,000 tokens written, 0 read, 10 written/s, 5m00s left")
 
 
 # What follows runs in a process of its own: python test_runner.py <command> ...

@@ -24,11 +24,11 @@ class Counting(ScriptedEngine):
 
     def __init__(self, **options):
         super().__init__(**options)
-        self.tokens = 0
+        self.spent = 0
 
     def _answer(self, ask):
         prompt, completion = 4 + ask.seed % 17, 1 + ask.seed % 20
-        self.tokens += prompt + completion
+        self.spent += prompt + completion
         if ask.seed % 11 == 0 and ask.messages[-1]["content"] != "again":
             return AskError("an answer of no use", prompt, completion, 2)
         text = f"{ask.messages[-1]['content']}:{ask.seed}"
@@ -52,7 +52,7 @@ def test_every_answer_is_counted_and_a_rerun_counts_on(tmp_path):
     summary = stage(output, rows, engines[2])
     used = usage_of(output)
     assert engines[2].asked == 0 and used["asks"] == engines[0].asked + engines[1].asked
-    assert total(output) == engines[0].tokens + engines[1].tokens == summary.usage.total
+    assert total(output) == engines[0].spent + engines[1].spent == summary.usage.total
     assert used["cached_tokens"] == 2 * used["asks"]
     assert f"= {total(output):,} tokens in {used['asks']} asks" in str(summary)
     stage(output, rows[:1], Counting(), overwrite=True)
@@ -169,7 +169,7 @@ def test_a_run_that_wrote_nothing_leaves_no_file_but_its_tokens(tmp_path):
     assert (spent := total(output)) > 0
     engine = Counting()
     stage(output, make_rows(30), engine)
-    assert total(output) == spent + engine.tokens
+    assert total(output) == spent + engine.spent
 
 
 def run_stage_with(make_engine, output):

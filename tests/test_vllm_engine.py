@@ -17,7 +17,15 @@ from safetensors.numpy import save_file
 
 from distiller.engine import Ask, AskError, Completion, EngineDead, Sampling
 from distiller.vllm_engine import _Stepper
-from distiller.vllm_setup import CPU_ENVIRONMENT, check_weights, is_cpu_build, long_rope, prepare_cpu
+from distiller.vllm_setup import (
+    CPU_ENVIRONMENT,
+    SMALL_MODEL,
+    check_weights,
+    cpu_threads,
+    is_cpu_build,
+    long_rope,
+    prepare_cpu,
+)
 
 DRIVER = Path(__file__).with_name("vllm_driver.py")
 SAMPLED = {"temperature": 1.0, "top_p": 0.95, "top_k": 50, "max_tokens": 24}
@@ -246,6 +254,14 @@ def test_the_rotary_factors_of_a_longrope_model_follow_the_context():
     assert [long_rope(config, length) for length in (32, 64, 65, 256)] == ["short", "short", "long", "long"]
     assert long_rope({"rope_parameters": {"full_attention": config["rope_parameters"]}}, 65) == "long"
     assert long_rope(Qwen2Config().to_dict(), 65) is None and long_rope({}, 65) is None
+
+
+def test_a_tiny_model_takes_one_thread_and_another_one_a_core(tmp_path):
+    for size, threads in ((SMALL_MODEL - 1, 1), (SMALL_MODEL, len(os.sched_getaffinity(0)))):
+        with (tmp_path / "model.safetensors").open("wb") as file:
+            file.truncate(size)
+        assert cpu_threads(str(tmp_path)) == threads
+    assert cpu_threads("someone/on-the-hub") == len(os.sched_getaffinity(0))
 
 
 def test_cpu_settings_leave_alone_what_the_user_exported(monkeypatch):

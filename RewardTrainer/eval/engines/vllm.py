@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from distiller.engine import EngineNotStarted
 from distiller.records import InputError
-from distiller.vllm_setup import is_cpu_build, prepare_cpu
+from distiller.vllm_setup import cpu_threads, is_cpu_build, prepare_cpu
 from RewardTrainer.eval.engines.base import Encoded
 
 AT_ONCE = 512
@@ -47,7 +47,7 @@ def load_vllm_scorer(
     except EngineNotStarted as fault:
         raise InputError("vLLM is not installed: run `make env`, or take --engine hf") from fault
     if cpu:
-        prepare_cpu()  # before torch is imported
+        prepare_cpu(cpu_threads(name))  # before torch is imported
     from RewardTrainer.eval.engines.encoding import ChatEncoder, resolve_max_length
     from RewardTrainer.eval.engines.loading import load_config, resolve_dtype
 
