@@ -210,6 +210,8 @@ def run_stage(
             store.record_engine(engine.facts())
             store.forget_failed(row.id if isinstance(row, BadRow) else row["id"] for row in rows)
         pending = _pending(rows, store)
+        if finished := store.counts.total():
+            print(f"{finished} of {total} rows are finished already; going on", file=sys.stderr)
         row = next(pending, None)
         if row is not None and budget.allows(0):
             start()
@@ -348,8 +350,6 @@ class Progress:
         self.started = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._tell, name="progress", daemon=True)
-        if self.before:
-            print(f"{self.before} of {total} rows are finished already; going on", file=sys.stderr)
 
     def __enter__(self) -> Progress:
         self.started = time.monotonic()
