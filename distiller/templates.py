@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import jinja2
@@ -27,6 +28,12 @@ class PromptTemplate:
     sha256: str
     """Of the file's bytes; part of the manifest."""
     template: jinja2.Template
+    variables: tuple[str, ...]
+
+    @cached_property
+    def instructions(self) -> str:
+        """The prompt's own words: its text with nothing filled in. Raises PromptError."""
+        return self.render(**dict.fromkeys(self.variables, ""))
 
     def render(self, **values: object) -> str:
         """The prompt's text. Raises PromptError."""
@@ -55,7 +62,7 @@ def load_prompt(path: str | Path, variables: Iterable[str]) -> PromptTemplate:
             f"prompt file {path} uses {', '.join(f'`{name}`' for name in sorted(unknown))}; "
             f"it may use {', '.join(f'`{name}`' for name in sorted(variables))}"
         )
-    return PromptTemplate(str(path), hashlib.sha256(data).hexdigest(), template)
+    return PromptTemplate(str(path), hashlib.sha256(data).hexdigest(), template, tuple(variables))
 
 
 def conversation_text(messages: list[dict]) -> str:

@@ -30,6 +30,16 @@ UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u3400-\u9fff\uf900-\ufaff\uff01-\uffef\U00020000-\U0003ffff"
 )
 _WORD = re.compile(f"[{UNSPACED}]|[^\\s{UNSPACED}]+")
+ECHO_WORDS = 5  # in a row that a block and the instructions would hardly share by chance
+_FIRST = re.compile(r"(?=([^\n]*))([^\n.:!?]*)")  # line and sentence
+_ANNOUNCEMENT = re.compile(
+    r"""\W*(?:(?:sure|certainly|of\ course|okay|ok)\b\W*)?
+    (?:(?:here(?:['\u2019]s|\ is)|below\ is|this\ is|the\ following\ is)\s+)?
+    (?:(?:the|my|an?|your)\s+)?(?:(?:full|complete|whole|final)\s+)*(?:text\s+of\s+(?:the\s+)?)?
+    (?:edited|refined|revised|corrected|improved|rewritten|updated|repaired|modified|mended)\s+
+    (?:version\s+of\s+the\s+)?(?:\w+\s+)?(?:response|answer|reply|text|version)\b[^\n:]{0,40}[:\n]""",
+    re.IGNORECASE | re.VERBOSE,
+)
 _OPENERS = {"</diagnosis>": "<diagnosis>", "</refined>": "<refined>"}
 
 DIFFLIB_LIMIT = 500_000
@@ -102,9 +112,45 @@ def parse_refinement(reply: str) -> tuple[str, str]:
     return diagnosis, refined
 
 
-def read_refinement(reply: Completion) -> tuple[str, str] | None:
-    """`parse_refinement`, or None for a reply that max_tokens cut. Raises ParseError."""
-    return None if reply.finish_reason == "length" else parse_refinement(reply.text)
+def read_refinement(reply: Completion, instructions: str = "", rejected: str = "") -> tuple[str, str] | None:
+    """`parse_refinement`, or None for a reply that max_tokens cut.
+
+    instructions: the prompt without what it is filled with. rejected: what was to be edited. Raises ParseError, for a
+    reply that repeats the instructions, or whose second block begins by announcing itself, too: a weak teacher may
+    fill the blocks with the words that describe them.
+    """
+    if reply.finish_reason == "length":
+        return None
+    diagnosis, refined = parse_refinement(reply.text)
+    for name, text in (("diagnosis", diagnosis), ("refined response", refined)):
+        if is_echo(text, instructions) and not is_echo(rejected, instructions):
+            raise ParseError(f"the {name} repeats the instructions")
+    if _ANNOUNCEMENT.match(refined) and not _ANNOUNCEMENT.match(rejected):
+        raise ParseError("the refined response begins by announcing itself")
+    return diagnosis, refined
+
+
+def is_echo(text: str, instructions: str) -> bool:
+    """Whether a block is, or begins with, words of the instructions: its whole or its first line or sentence stands
+    in them, with `ECHO_WORDS` words at least; or it is what the instructions themselves have between the tags, or
+    nothing but dots."""
+    if not text.strip(" .\u2026\n\r\t"):
+        return True
+    try:
+        if _plain(text) in map(_plain, parse_refinement(instructions)):
+            return True
+    except ParseError:
+        pass
+    told = _plain(instructions)
+    return any(
+        len(beginning.split()) >= ECHO_WORDS and beginning in told
+        for beginning in map(_plain, (text, *_FIRST.match(text.strip()).groups()))
+    )
+
+
+def _plain(text: str) -> str:
+    """Its words and signs, whatever is between them, without case and without a sign at its ends."""
+    return " ".join(text.casefold().split()).strip(" .:;,*_#-")
 
 
 def read_answer(reply: Completion) -> str | None:

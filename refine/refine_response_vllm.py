@@ -110,7 +110,8 @@ def make_work(args: RefineArguments) -> Work:
             return Filtered(row, "rejected equals teacher_response")
 
         messages = refine_messages(template, row, answer)
-        refinement = yield from ask_until(messages, read_refinement, number=REFINE, **asking)
+        read = partial(read_refinement, instructions=template.instructions, rejected=rejected)
+        refinement = yield from ask_until(messages, read, number=REFINE, **asking)
         if isinstance(refinement, Failed):
             return refinement
         if refinement is None:
