@@ -6,6 +6,8 @@ what to do about it.
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 
 from distiller.sources import InputError
@@ -15,6 +17,8 @@ NUMBER_FIELDS = ("chosen_score", "rejected_score", "original_chosen_score", "mar
 TEXT_FIELDS = ("diagnosis",)
 ROLES = ("system", "user", "assistant")
 NOTHING_IN_IT = "fill it in, or leave the row out"
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
 MESSAGES_FORM = 'write a text, or [{"role": "user", "content": "..."}, ...]'
 
 
@@ -83,12 +87,56 @@ def response_text(response: str | list[dict]) -> str:
     return _text(response)
 
 
+def read_cells(row: dict) -> None:
+    """Make numbers and lists of messages of what CSV has as text, in place. Raises Unfit."""
+    for name in NUMBER_FIELDS:
+        if isinstance(row.get(name), str):
+            try:
+                row[name] = float(row[name])
+            except ValueError:
+                raise Unfit(
+                    f"field `{name}` must be a number", f"it is {row[name][:40]!r}: correct the cell"
+                ) from None
+    for name in ("prompt", *RESPONSE_FIELDS):
+        cell = row.get(name)
+        if isinstance(cell, str) and cell.startswith(("[{'", '[{"')):
+            try:
+                row[name] = json.loads(cell)
+            except ValueError:
+                remedy = "save messages as JSON (or the table as JSONL or Parquet), not as Python prints them"
+                raise Unfit(f"field `{name}` is a list as text, and no JSON", remedy) from None
+
+
+def _dialogue(text: object) -> list[dict] | None:
+    """Messages of `Human: ...\n\nAssistant: ...`, as HH-RLHF has them; None for any other value."""
+    if not isinstance(text, str) or not text.lstrip().startswith("Human:") or "\n\nAssistant:" not in text:
+        return None
+    _, *parts = _TURN.split(text.strip())
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": _TURN_ROLES[speaker], "content": said.strip()} for speaker, said in turns]
+
+
+def _read_dialogues(row: dict) -> None:
+    """Whole dialogues as text become messages, in place: of both responses, or of a prompt that ends where the
+    assistant is to speak."""
+    if row.get("prompt") is None:
+        both = [_dialogue(row.get(name)) for name in ("chosen", "rejected")]
+        if None not in both:
+            row["chosen"], row["rejected"] = both
+        return
+    turns = _dialogue(row["prompt"])
+    if turns and turns[-1] == {"role": "assistant", "content": ""}:
+        row["prompt"] = turns[:-1]
+
+
 def split_conversations(row: dict) -> None:
-    """Turn whole conversations in `chosen` / `rejected` into `prompt` and one assistant message each, in place.
+    """Turn whole conversations in `chosen` / `rejected`, messages or text, into `prompt` and one assistant message
+    each, in place.
 
     Beside a `prompt` that they do not begin with they are left as they are: a stage that needs them will say so.
     Raises Unfit.
     """
+    _read_dialogues(row)
     whole = {}
     for name in ("chosen", "rejected"):
         if isinstance(row.get(name), list) and len(row[name]) > 1:
@@ -103,6 +151,9 @@ def split_conversations(row: dict) -> None:
             size = next((i for i in range(size) if first[i] != other[i]), size)
         if not size:
             raise Unfit("fields `chosen` and `rejected` have no prompt in common", "give the row a `prompt`")
+        if any(len(messages) > size + 1 for messages in whole.values()):
+            remedy = "which of their turns is to be compared? cut both behind it, or leave the row out"
+            raise Unfit("fields `chosen` and `rejected` part before the last turn", remedy)
         row["prompt"] = first[:size]
     try:
         prompt = prompt_messages(row["prompt"]) if whole else []
@@ -126,11 +177,22 @@ def _messages(value: object) -> list[dict]:
             raise Unfit(f"has a {role} message", "tool use is not supported: tell it as text, or leave the row out")
         if role not in ROLES:
             raise Unfit(f"has a message without a role out of {', '.join(ROLES)}", MESSAGES_FORM)
-        if not isinstance(message.get("content"), str):
-            remedy = f"it is {kind_of(message.get('content'))}: join parts to one text; images are not supported"
-            raise Unfit("has a message whose content is not a string", remedy)
-        messages.append({"role": role, "content": _text(message["content"])})
+        messages.append({"role": role, "content": _text(_content(message.get("content")))})
     return messages
+
+
+def _content(content: object) -> str:
+    """A message's text; of OpenAI's content parts those of text, one after the other."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) and content else [None]
+    if all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
+    ):
+        return "".join(part["text"] for part in parts)
+    kinds = {part.get("type") for part in parts if isinstance(part, dict)} - {"text"}
+    what = f"it has parts of type {', '.join(map(str, kinds))}" if kinds else f"it is {kind_of(content)}"
+    raise Unfit("has a message whose content is not text", f"{what}: give a text; images are not supported")
 
 
 def _text(text: str) -> str:

@@ -23,8 +23,16 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from distiller.fields import Unfit, check_field, kind_of, prompt_messages, response_text, split_conversations
-from distiller.sources import InputError, lines
+from distiller.fields import (
+    Unfit,
+    check_field,
+    kind_of,
+    prompt_messages,
+    read_cells,
+    response_text,
+    split_conversations,
+)
+from distiller.sources import InputError, cells_apart, lines
 
 __all__ = [
     "BadRow",
@@ -123,6 +131,7 @@ class Rows:
 
     def _checked(self, unseen: dict[str, str]) -> Iterator[dict | BadRow]:
         """Every row, good or bad; takes the columns it meets out of `unseen`."""
+        from_cells = cells_apart(self.source) is not None
         seen: dict[int, int] = {}  # 8-byte hashes: of ids, and of the lines they stood in
         for number, line in lines(self.source):
             row, fault = _parse(line)
@@ -130,6 +139,7 @@ class Rows:
                 for ours in [ours for ours, theirs in unseen.items() if theirs in row]:
                     del unseen[ours]
                 _rename(row, self.columns)
+                fault = fault or self._without_gaps(row, from_cells)
             key, fault_of_id = _own_id(row, number)
             fault = fault or fault_of_id or self._fault(row)
             if id_key(key) in seen:
@@ -143,6 +153,21 @@ class Rows:
                 yield BadRow(key, self.source, number, fault.reason, fault.remedy, raw)
             else:
                 yield {**row, "id": key}
+
+    def _without_gaps(self, row: dict, from_cells: bool) -> Unfit | None:
+        """Make null of NaN and infinite numbers in fields that nobody reads here (pandas writes NaN for what is
+        missing), and numbers and messages of the cells of a table of text, in place. What is wrong with the others."""
+        for name, value in row.items():
+            if _has_not_finite(value):
+                if name in self.required or name in self.optional or name in self.ranges:
+                    return Unfit(f"field `{name}` is NaN or infinite", "write a number, or null")
+                row[name] = _finite_only(value)
+        try:
+            if from_cells:
+                read_cells(row)
+        except Unfit as fault:
+            return fault
+        return None
 
     def _fault(self, row: dict) -> Unfit | None:
         """What is wrong with the row's fields; conversations in it are split in place."""
@@ -185,8 +210,9 @@ def read_rows(
     ranges: Mapping[str, tuple[float, float]] | None = None,
     check: Callable[[dict], Unfit | None] | None = None,
 ) -> Rows:
-    """The rows of a JSONL file, a JSON array or a hub dataset (`owner/name` or `owner/name:split`, split "train" by
-    default).
+    """The rows of a file (JSON lines, a JSON array, CSV, Parquet, Arrow; gzip and the like), of a directory of files
+    or of `save_to_disk`, or of a hub dataset (`owner/name`, `owner/name:split`, `owner/name:config:split`; split
+    "train" by default).
 
     `columns` maps our field names to the source's: `{"prompt": "instruction"}`. `required` maps each field that must
     be there to the command that makes it (or ""); `optional` names those that are checked where present; `ranges` has
@@ -245,30 +271,10 @@ def dump_line(row: Mapping) -> bytes:
         return (json.dumps(row, allow_nan=False) + "\n").encode("ascii")
 
 
-class _NotFinite(ValueError):
-    """NaN or an infinite number, which Python reads and JSON does not have."""
-
-
-def _not_finite(constant: str) -> float:
-    raise _NotFinite
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    return number if math.isfinite(number) else _not_finite(text)
-
-
 def _parse(line: bytes) -> tuple[dict | None, Unfit | None]:
     """(the object, None where there is none; what is wrong)"""
-    fault = None
     try:
-        text = line.decode("utf-8")
-        try:
-            row = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
-        except _NotFinite:
-            row = json.loads(text)
-            names = [name for name, value in row.items() if _has_not_finite(value)] if isinstance(row, dict) else []
-            fault = Unfit(f"field `{names[0]}` is NaN or infinite", "write a number, or null") if names else None
+        row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return None, Unfit("not valid UTF-8", f"byte {error.start + 1} of the line; save the file as UTF-8")
     except (ValueError, RecursionError) as error:
@@ -280,7 +286,7 @@ def _parse(line: bytes) -> tuple[dict | None, Unfit | None]:
         return None, Unfit("not valid JSON", f"nested more than {DEEPEST} deep: write it flatter")
     if not isinstance(row, dict):
         return None, Unfit("not a JSON object", f'a line is {{"prompt": ..., ...}}, not {kind_of(row)}')
-    return row, fault
+    return row, None
 
 
 def _has_not_finite(value: object) -> bool:
@@ -288,6 +294,15 @@ def _has_not_finite(value: object) -> bool:
         return not math.isfinite(value)
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return any(map(_has_not_finite, parts))
+
+
+def _finite_only(value: object) -> object:
+    """The same with null for each number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite_only(part) for name, part in value.items()}
+    return [_finite_only(part) for part in value] if isinstance(value, list) else value
 
 
 def _deeper_than(value: object, levels: int) -> bool:
@@ -317,6 +332,8 @@ def _own_id(row: dict | None, number: int) -> tuple[str, Unfit | None]:
     identifier = row.get("id")
     if identifier is None:
         return row_id(row), None
+    if isinstance(identifier, float) and identifier.is_integer():  # as pandas writes ids where one is missing
+        identifier = int(identifier)
     if isinstance(identifier, int) and not isinstance(identifier, bool):
         return str(identifier), None
     if isinstance(identifier, str) and identifier:

@@ -340,7 +340,8 @@ class Progress:
         12/300 rows, 0 failed, 1 filtered, 64 under way, 5,120 tokens written, 21,004 read, 117 written/s, 12m08s left
 
     Tokens count from here on, those of replies under way included where the engine can tell (`TeacherEngine.tokens`).
-    The time left is that of the rows' tokens: as many a row as the finished ones took, less what has been written.
+    The time left is that of the rows' tokens: as many a row as the finished ones took, less what has been written, of
+    a row under way at most half (the long ones are those that are left).
     """
 
     def __init__(self, total: int, store: Store | WholeFiles, seconds: float, engine: TeacherEngine | None = None):
@@ -384,7 +385,8 @@ class Progress:
             said += [f"{self.under_way} under way", f"{written:,} tokens written", f"{read:,} read"]
             said.append(f"{written / seconds:.3g} written/s")
             if finished and answered[0]:
-                ahead = (self.total - rows) * answered[0] / finished - (written - answered[0])
+                a_row = answered[0] / finished
+                ahead = (self.total - rows) * a_row - min(written - answered[0], self.under_way * a_row / 2)
                 left = ahead * seconds / written
         else:
             said.append(f"{finished / seconds:.3g} rows/s")

@@ -1,28 +1,36 @@
-"""Where rows come from: the lines of a JSONL file, the elements of a JSON array, a dataset of the hub.
+"""Where rows come from: JSON lines, a JSON array, a table (CSV, Parquet, Arrow), a dataset on disk or on the hub.
 
 What can be told from the file as a whole is told here, before a single row is looked at: that it is missing, empty,
-compressed, cut off, in another encoding. A wrong file must not end as a million bad rows.
+cut off, in another encoding. A wrong file must not end as a million bad rows.
 """
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
+import io
 import json
-from collections.abc import Iterator
+import lzma
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
 BOM = b"\xef\xbb\xbf"
+PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}  # by how a file begins
 NOT_TEXT = {  # how a file begins -> (what it is, what to do)
-    b"\x1f\x8b": ("is compressed (gzip)", "unpack it with gunzip"),
-    b"BZh": ("is compressed (bzip2)", "unpack it with bunzip2"),
-    b"\xfd7zXZ\x00": ("is compressed (xz)", "unpack it with unxz"),
     b"\x28\xb5\x2f\xfd": ("is compressed (zstd)", "unpack it with unzstd"),
     b"PK\x03\x04": ("is a ZIP archive", "unpack it"),
-    b"PAR1": ("is a Parquet file", "put it alone in a directory and name that, or convert it to JSONL"),
-    b"ARROW1": ("is an Arrow file", "put it alone in a directory and name that, or convert it to JSONL"),
     b"\xff\xfe": ("is UTF-16 text", "save it as UTF-8"),
     b"\xfe\xff": ("is UTF-16 text", "save it as UTF-8"),
 }
+PARQUET, ARROW = b"PAR1", b"ARROW1"
+CSV = {".csv": ",", ".tsv": "\t"}  # suffix -> what is between cells
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz")
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", *CSV, *PACKED_SUFFIXES)
+"""A source that ends so is a file, never a dataset of the hub."""
 
 
 class InputError(ValueError):
@@ -31,28 +39,103 @@ class InputError(ValueError):
 
 
 def lines(source: str) -> Iterator[tuple[int, bytes]]:
-    """(number, text) of every row, from 1, whatever the form of the source; nothing is parsed for JSONL. Raises
-    InputError for a source that cannot be read at all."""
+    """(number, JSON text) of every row, from 1, whatever the form of the source; nothing is parsed for JSON lines.
+    Cells of a CSV file are strings, or null where empty. Raises InputError for a source that cannot be read at all."""
     path = Path(source)
     if not path.is_file():
-        yield from _hub_lines(source)
+        yield from _as_lines(_dataset(source))
         return
-    with path.open("rb") as file:
-        start = file.read(4096)
-        for magic, (what, remedy) in NOT_TEXT.items():
-            if start.startswith(magic):
-                raise InputError(f"{source} {what}, not JSONL: {remedy}")
-        file.seek(0)
-        if start.removeprefix(BOM).lstrip().startswith(b"["):
-            array = _array(source, file.read())
-            if array is not None:
-                yield from ((number, json.dumps(element).encode("ascii")) for number, element in enumerate(array, 1))
-                return
-            file.seek(0)
-        for number, line in enumerate(file, 1):
-            line = (line.removeprefix(BOM) if number == 1 else line).strip(b" \t\r\n")
-            if line:
-                yield number, line
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+        if start.startswith((PARQUET, ARROW)) or path.suffix == ".arrow":
+            yield from _as_lines(_columns(path, start))
+            return
+        unpack = next((unpack for magic, unpack in PACKED.items() if start.startswith(magic)), open)
+        with unpack(path, "rb") as file:
+            if delimiter := cells_apart(source):
+                yield from _as_lines(_cells(source, file, delimiter))
+            else:
+                yield from _json_lines(source, file)
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as fault:
+        raise InputError(f"{source} is damaged ({fault}): fetch it, or pack it, again") from fault
+
+
+def cells_apart(source: str) -> str | None:
+    """What separates the cells of a CSV file; None for any other source."""
+    path = Path(source)
+    return CSV.get((path.with_suffix("") if path.suffix in PACKED_SUFFIXES else path).suffix)
+
+
+def _as_lines(rows: Iterable[dict]) -> Iterator[tuple[int, bytes]]:
+    for number, row in enumerate(rows, 1):
+        yield number, json.dumps(row, default=str).encode("ascii")
+
+
+def _json_lines(source: str, file: io.BufferedIOBase) -> Iterator[tuple[int, bytes]]:
+    start = file.read(4096)
+    for magic, (what, remedy) in NOT_TEXT.items():
+        if start.startswith(magic):
+            raise InputError(f"{source} {what}, not JSONL: {remedy}")
+    file.seek(0)
+    whole = None
+    if start.removeprefix(BOM).lstrip().startswith(b"["):
+        whole = _array(source, file.read())
+    elif source.removesuffix(".gz").endswith(".json"):
+        whole = _rows_of_object(file.read())
+    if whole is not None:
+        yield from _as_lines(whole)
+        return
+    file.seek(0)
+    for number, line in enumerate(file, 1):
+        line = (line.removeprefix(BOM) if number == 1 else line).strip(b" \t\r\n")
+        if line:
+            yield number, line
+
+
+def _rows_of_object(data: bytes) -> list | None:
+    """The rows of a `.json` file that is one object: those of the one list of objects in it (`{"data": [...]}`), or
+    itself; None where it is none, but several, one a line."""
+    try:
+        whole = json.loads(data.removeprefix(BOM))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(whole, dict):
+        return None
+    lists = [value for value in whole.values() if value and isinstance(value, list) and isinstance(value[0], dict)]
+    itself = len(lists) != 1 or "prompt" in whole or "chosen" in whole  # a list may be a field of a row
+    return [whole] if itself else lists[0]
+
+
+def _cells(source: str, file: io.BufferedIOBase, delimiter: str) -> Iterator[dict]:
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise InputError(f"{source}, line {reader.line_num}: more cells than the first line has names")
+            yield {name: cell or None for name, cell in row.items()}
+    except (csv.Error, UnicodeDecodeError) as fault:
+        raise InputError(f"{source}, line {reader.line_num + 1}: no CSV ({fault}); save it again, as UTF-8") from fault
+
+
+def _columns(path: Path, start: bytes) -> Iterator[dict]:
+    """Rows of a Parquet or an Arrow file (of either form: the datasets library writes streams)."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        if start.startswith(PARQUET):
+            batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        elif start.startswith(ARROW):
+            reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        else:
+            batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+        for batch in batches:
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as fault:
+        raise InputError(f"{path} is damaged, or no table ({fault}): fetch it, or write it, again") from fault
 
 
 def values(source: str) -> Iterator[tuple[int, object]]:
@@ -102,23 +185,42 @@ def _array(source: str, data: bytes) -> list | None:
             ) from fault
 
 
-def _hub_lines(source: str) -> Iterator[tuple[int, bytes]]:
-    name, _, split = (source, "", "") if Path(source).is_dir() else source.partition(":")
+def _dataset(source: str) -> Iterable[dict]:
+    """Rows of a directory (of files, or of `save_to_disk`) as `DIR[:split]`, or of a dataset of the hub as
+    `owner/name[:split]` or `owner/name:config:split`."""
+    name, *further = [source] if Path(source).is_dir() else source.split(":")
     path = Path(name)
-    if not path.is_dir() and (path.suffix in (".jsonl", ".json") or path.is_absolute() or name.startswith(".")):
+    if not path.is_dir() and (path.suffix in FILE_SUFFIXES or path.is_absolute() or name.startswith(".")):
         raise InputError(f"{source} does not exist: check the name, and the directory this is run from ({Path.cwd()})")
-    import datasets  # takes a second, and only hub data needs it
+    if len(further) > (1 if path.is_dir() else 2):
+        raise InputError(f"{source}: give a dataset as owner/name, owner/name:split or owner/name:config:split")
+    import datasets  # takes a second, and only datasets need it
 
+    config = further[0] if len(further) == 2 else None
+    split = further[-1] if further else None
     try:
-        rows = datasets.load_dataset(name, split=split or "train")
+        if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            found = datasets.load_from_disk(name)
+            if isinstance(found, datasets.DatasetDict):
+                return found[_split_of(source, split, list(found))]
+            return found
+        return datasets.load_dataset(name, config, split=split or "train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as fault:
+        if isinstance(fault, InputError):
+            raise
         if path.is_dir():
             raise InputError(
                 f"{name} is a directory, and the datasets library finds no {split or 'train'} data in it: "
                 f"name the file to read ({fault})"
             ) from fault
         raise InputError(
-            f"{source} is no file here, and the hub does not give it as a dataset: check the name ({fault})"
+            f"{source} is no file here, and the hub does not give it as a dataset: check the name; without network "
+            f"give a file, or a directory that `save_to_disk` wrote ({fault})"
         ) from fault
-    for number, row in enumerate(rows, 1):
-        yield number, json.dumps(row, default=str).encode("ascii")
+
+
+def _split_of(source: str, split: str | None, found: list[str]) -> str:
+    wanted = split or ("train" if "train" in found or len(found) > 1 else found[0])
+    if wanted not in found:
+        raise InputError(f"{source} has no split {wanted}; it has {', '.join(found)}: name one as {source}:{found[0]}")
+    return wanted

@@ -107,12 +107,17 @@ BAD_LINES = {
     "blank response": ({**ROW, "rejected": " \n\t"}, "`rejected` is empty", "fill it in"),
     "no messages": ({**ROW, "prompt": []}, "`prompt` is empty", "fill it in"),
     "empty message": ({**ROW, "prompt": [{**TURN, "content": " "}]}, "`prompt` is empty", "fill it in"),
-    "null content": ({**ROW, "prompt": [{**TURN, "content": None}]}, "`prompt` has a message whose", "it is null"),
-    "content in parts": (
-        {**ROW, "prompt": [{**TURN, "content": [{"type": "text", "text": "a"}]}]},
-        "`prompt` has a message whose content is not a string",
-        "join parts to one text",
+    "null content": (
+        {**ROW, "prompt": [{**TURN, "content": None}]},
+        "`prompt` has a message whose",
+        "it is null: give a text",
     ),
+    "an image among the parts": (
+        {**ROW, "prompt": [{**TURN, "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]},
+        "`prompt` has a message whose content is not text",
+        "it has parts of type image_url: give a text; images are not supported",
+    ),
+    "no parts": ({**ROW, "prompt": [{**TURN, "content": []}]}, "content is not text", "it is a list: give a text"),
     "unknown role": ({**ROW, "prompt": [{**TURN, "role": "narrator"}]}, "`prompt` has a message without a role", FORM),
     "other names": ({**ROW, "prompt": [{"from": "human", "value": "a"}]}, "`prompt` has a message without", FORM),
     "no user message": (
@@ -158,9 +163,7 @@ BAD_LINES = {
     "score in words": ({**ROW, "rejected_score": "8"}, "`rejected_score` must be a number", "quotation marks"),
     "score as list": ({**ROW, "chosen_score": [8]}, "`chosen_score` must be a number, not a list", "leave it out"),
     "score NaN": ({**ROW, "rejected_score": float("nan")}, "`rejected_score` is NaN or infinite", "write a number"),
-    "margin infinite": ({**ROW, "margin": float("inf")}, "`margin` is NaN or infinite", "or null"),
-    "margin beyond all numbers": (b'{"id": "m", "margin": 1e999}', "`margin` is NaN or infinite", "write a number"),
-    "NaN deep inside": ({**ROW, "extra": {"a": [float("-inf")]}}, "`extra` is NaN or infinite", "write a number"),
+    "score beyond all numbers": (b'{"id": "m", "rejected_score": 1e999}', "is NaN or infinite", "write a number"),
     "score of 400 digits": ({**ROW, "chosen_score": 10**400}, "`chosen_score` is too large", "correct it"),
 }
 OF_THE_LINE = ("not valid", "not a JSON object", "has NUL bytes")  # such a line has no fields to name
@@ -221,11 +224,12 @@ BAD_FILES = {
     "array cut off on one line": (json.dumps([ROW, ROW]).encode()[:-40], "in.jsonl, line 1, column "),
     "one object over many lines": (json.dumps(ROW, indent=1).encode(), "in.jsonl, line 1: not valid JSON"),
     "CSV": (b"prompt,chosen,rejected\na,b,c\nd,e,f\n", "in.jsonl, line 1: not valid JSON"),
-    "gzip": (gzip.compress(GOOD), "in.jsonl is compressed (gzip), not JSONL: unpack it with gunzip"),
-    "bzip2": (bz2.compress(GOOD), "in.jsonl is compressed (bzip2), not JSONL: unpack it with bunzip2"),
-    "xz": (lzma.compress(GOOD), "in.jsonl is compressed (xz), not JSONL: unpack it with unxz"),
+    "gzip cut off": (gzip.compress(GOOD)[:-9], "in.jsonl is damaged ("),
+    "gzip of something else": (gzip.compress(b"\xff\xfea"), "in.jsonl is UTF-16 text, not JSONL: save it as UTF-8"),
+    "bzip2 cut off": (bz2.compress(GOOD)[:-9], "in.jsonl is damaged ("),
+    "xz cut off": (lzma.compress(GOOD)[:-9], "in.jsonl is damaged ("),
     "zip": (zipped, "in.jsonl is a ZIP archive, not JSONL: unpack it"),
-    "Parquet": (parquet, "in.jsonl is a Parquet file, not JSONL: put it alone in a directory and name that"),
+    "Parquet cut off": (b"PAR1" + b"x" * 90, "in.jsonl is damaged, or no table ("),
     "UTF-16": (GOOD.decode().encode("utf-16"), "in.jsonl is UTF-16 text, not JSONL: save it as UTF-8"),
     "rows of another command": (
         b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "b", "chosen": "b", "rejected": "c"}\n',

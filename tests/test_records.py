@@ -121,7 +121,7 @@ def test_a_line_is_counted_as_an_editor_counts_it(tmp_path):
 def test_a_json_array_is_read_like_lines(tmp_path):
     path = tmp_path / "f.json"
     path.write_text(json.dumps([PAIR, 3, {**PAIR, "chosen": float("nan")}], indent=1))
-    good, bad = good_and_bad(path)
+    good, bad = good_and_bad(path, required={"chosen": ""})
     assert [row["chosen"] for row in good] == ["c"]
     assert [(row.line, row.reason) for row in bad] == [
         (2, "not a JSON object"),
@@ -192,7 +192,8 @@ def test_an_implicit_prompt_is_the_longest_common_beginning(tmp_path):
     (row,), (apart, other, broken, uneven) = good_and_bad(path, optional=("chosen", "rejected"))
     assert (row["prompt"], row["chosen"]) == ("u", talk[1:2])
     assert "in common" in apart.reason
-    assert other.reason == uneven.reason == "field `chosen` must be one assistant message"
+    assert other.reason == "field `chosen` must be one assistant message"
+    assert uneven.reason == "fields `chosen` and `rejected` part before the last turn"
     assert broken.reason.startswith("field `chosen` has a message without a role")
     assert {**lines[2], "id": other.id} in list(read_rows(path))  # untouched for who does not need it
 

@@ -411,7 +411,10 @@ def test_the_time_left_is_that_of_the_tokens_not_yet_written(tmp_path):
     progress.started -= 100
     store.counts["done"], usage.completion_tokens = 2, 400
     # 200 tokens a row: 18 rows are 3,600, of which 600 are written, at 1,000 in 100 s.
+    progress.under_way = 7
     assert progress.line().endswith("1,000 tokens written, 0 read, 10 written/s, 5m00s left")
+    progress.under_way = 2  # no more than 200 of the 600 count
+    assert progress.line().endswith("5m40s left")
 
 
 # What follows runs in a process of its own: python test_runner.py <command> ...

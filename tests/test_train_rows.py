@@ -60,6 +60,25 @@ def test_empty_file_says_what_may_have_happened(tmp_path):
         load_pairs(write(tmp_path / "s.jsonl", []))
 
 
+def test_rows_that_cannot_be_used_are_skipped_and_counted_by_reason_where_that_is_asked_for(tmp_path, caplog):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = pairs(6, margin=1.0)
+    rows[1] = {"id": "apart", "chosen": [*turns, *turns], "rejected": [turns[0], turns[1] | {"content": "b"}]}
+    rows[2]["rejected"] = rows[3]["rejected"] = ""
+    del rows[4]["margin"]
+    path = write(tmp_path / "s.jsonl", rows)
+    with pytest.raises(InputError, match=r"line 2: fields .* part before the last turn; .* --skip_bad_rows true"):
+        load_pairs(path, required=["margin"])
+    with caplog.at_level(logging.WARNING):
+        train, _ = load_pairs(path, required=["margin"], skip_bad_rows=True)
+    assert [row["id"] for row in train] == ["p0", "p5"]
+    for said in ("2 rows skipped: field `rejected` is empty", "1 rows skipped: fields `chosen` and `rejected` part",
+                 "1 rows skipped: field `margin` is missing", "line 3: field `rejected` is empty"):  # fmt: skip
+        assert said in caplog.text, said
+    with pytest.raises(InputError, match="0 rows are left of 6"):
+        load_pairs(write(tmp_path / "n.jsonl", pairs(6)), required=["margin"], skip_bad_rows=True)
+
+
 def test_repeated_rows_are_dropped_with_a_count(tmp_path, caplog):
     rows = pairs(3)
     with caplog.at_level(logging.WARNING):

@@ -97,7 +97,10 @@ class DataArguments:
     """Rows to train on and rows to hold out."""
 
     train_file: str = field(
-        metadata={"help": "JSONL, JSON array or hub dataset of pairs; several are separated by commas."}
+        metadata={
+            "help": "Pairs: a file (JSONL, JSON, CSV, Parquet, Arrow), a saved dataset, or one of the hub as "
+            "owner/name:config:split; several are separated by commas."
+        }
     )
     train_file_weights: str | None = field(
         default=None,
@@ -114,6 +117,10 @@ class DataArguments:
         default=None, metadata={"help": "Other field names, ours=theirs: prompt=instruction,chosen=better"}
     )
     limit: int | None = field(default=None, metadata={"help": "Only the first rows of the file."})
+    skip_bad_rows: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows that cannot be used, counted by reason; else the first ends it."},
+    )
     max_length: int = field(default=1024, metadata={"help": "Longest token row, prompt and response together."})
     overlong: Literal["drop", "truncate_prompt", "error"] = field(
         default="drop",

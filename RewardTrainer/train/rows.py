@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distiller.records import BadRow, InputError, prompt_messages, read_rows, survey
+from distiller.sources import FILE_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ def load_mixture(
     seed: int = 0,
     limit: int | None = None,
     weights: Sequence[float] | None = None,
+    skip_bad_rows: bool = False,
 ) -> Mixture:
     """Training and held-out rows of one or several files or hub datasets; no prompt is in both.
 
@@ -82,6 +84,7 @@ def load_mixture(
     limit: only the first rows of the sources, before anything is held out.
     weights: how often the rows of each source are seen in an epoch (`repeat_rows`), once by default. What is held out
         does not depend on them.
+    skip_bad_rows: leave rows out that cannot be used, in place of an error at the first.
 
     What is dropped is logged with its number. Raises InputError for a row that cannot be used and if no row is left.
     """
@@ -94,11 +97,11 @@ def load_mixture(
     if isinstance(sources, str | Path):
         sources = [sources]
     weights = [1.0] * len(sources) if weights is None else weights
-    parts = [_read(source, columns, tuple(required), limit) for source in sources]
+    parts = [_read(source, columns, tuple(required), limit, skip_bad_rows) for source in sources]
     source_of = {id(row): number for number, rows in enumerate(parts) for row in rows}
     rows = _once([row for part in parts for row in part])[:limit]
     if eval_file is not None:
-        held_out = _read(eval_file, columns, tuple(required), None)
+        held_out = _read(eval_file, columns, tuple(required), None, skip_bad_rows)
         kept = without(rows, held_out)
         if len(kept) < len(rows):
             logger.warning("%d training rows dropped: held out in %s", len(rows) - len(kept), eval_file)
@@ -198,7 +201,7 @@ def _prompt_key(row: dict) -> str:
 def check_file(source: str | Path) -> None:
     """Raises InputError for a source that is plainly a file, by its ending, and is not there."""
     path = Path(source)
-    if path.suffix not in (".jsonl", ".json") or path.is_file():
+    if path.suffix not in FILE_SUFFIXES or path.exists():
         return
     near = Path("..") / path
     if near.is_file():
@@ -212,7 +215,11 @@ def check_file(source: str | Path) -> None:
 
 
 def _read(
-    source: str | Path, columns: Mapping[str, str] | None, required: tuple[str, ...], limit: int | None
+    source: str | Path,
+    columns: Mapping[str, str] | None,
+    required: tuple[str, ...],
+    limit: int | None,
+    skip_bad_rows: bool,
 ) -> list[dict]:
     check_file(source)
     if Path(source).is_file() and survey(source)[0] == 0:
@@ -221,21 +228,34 @@ def _read(
             f"see {source}.failed.jsonl and {source}.filtered.jsonl"
         )
     wanted = {name: REMEDIES.get(name, "") for name in ("prompt", "chosen", "rejected", *required) if name != "margin"}
-    rows, repeated = [], 0
+    rows, repeated, skipped = [], 0, Counter()
+
+    def refuse(row: str, reason: str) -> None:
+        if not skip_bad_rows:
+            raise InputError(f"{row}, or leave out all rows that cannot be used with --skip_bad_rows true")
+        if not skipped[reason]:
+            logger.warning("skipped: %s", row)
+        skipped[reason] += 1
+
     for row in read_rows(source, columns, limit, required=wanted, optional=NUMBERS):
         if isinstance(row, BadRow):
-            if not row.reason.startswith(REPEATED):
-                raise InputError(str(row))
-            repeated += 1
+            if row.reason.startswith(REPEATED):
+                repeated += 1
+            else:
+                refuse(str(row), row.reason)
             continue
         if row.get("margin") is None and row.get("chosen_score") is not None and row.get("rejected_score") is not None:
             row = {**row, "margin": row["chosen_score"] - row["rejected_score"]}
         if "margin" in required and row.get("margin") is None:
-            raise InputError(
-                f"{source}, row {len(rows) + repeated + 1} (id {row['id']}): field `margin` is missing, and there are "
-                f"no `chosen_score` and `rejected_score` to take it from; to get it, run: {REMEDIES['margin']}"
-            )
+            place = f"{source}, row {len(rows) + repeated + skipped.total() + 1} (id {row['id']})"
+            said = "field `margin` is missing, and there are no `chosen_score` and `rejected_score` to take it from"
+            refuse(f"{place}: {said}; to get it, run: {REMEDIES['margin']}", said)
+            continue
         rows.append(row)
     if repeated:
         logger.warning("%s: %d repeated rows dropped", source, repeated)
+    for reason, count in skipped.most_common():
+        logger.warning("%s: %d rows skipped: %s", source, count, reason)
+    if not rows:
+        raise InputError(f"{source}: 0 rows are left of {repeated + skipped.total()}")
     return rows

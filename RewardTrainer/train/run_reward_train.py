@@ -127,6 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
             seed=args.data_seed if args.data_seed is not None else args.seed,
             limit=data_args.limit,
             weights=parse_weights(data_args.train_file_weights, sources),
+            skip_bad_rows=data_args.skip_bad_rows,
         )
     encoding = {
         "student_tokenizer": tokenizer,

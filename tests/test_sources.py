@@ -1,0 +1,172 @@
+"""Files as other people have them: every form gives the rows that JSON lines would."""
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+
+from distiller.records import BadRow, InputError, prompt_messages, read_rows, response_text
+
+ROWS = [
+    {"id": f"r{n}", "prompt": f'Who, {n}?\n"Quoted"', "chosen": "ä, \t;", "rejected": "no\r\nyes", "margin": n / 4}
+    for n in range(5)
+]
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def jsonl(rows=ROWS) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def write_csv(path: Path, rows=ROWS, opened=open) -> None:
+    delimiter = "\t" if ".tsv" in path.name else ","
+    with opened(path, "wt", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_arrow(path: Path, form) -> None:
+    table = pyarrow.Table.from_pylist(ROWS)
+    with form(str(path), table.schema) as sink:
+        sink.write_table(table, max_chunksize=2)
+
+
+FORMS = {
+    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(jsonl())),
+    "a.jsonl.bz2": lambda path: path.write_bytes(bz2.compress(jsonl())),
+    "a.jsonl.xz": lambda path: path.write_bytes(lzma.compress(jsonl())),
+    "named-otherwise": lambda path: path.write_bytes(gzip.compress(jsonl())),
+    "a.json.gz": lambda path: path.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
+    "data.json": lambda path: path.write_text(json.dumps({"data": ROWS}, indent=1)),
+    "train.json": lambda path: path.write_text(json.dumps({"version": 2, "rows": ROWS})),
+    "a.csv": write_csv,
+    "a.tsv": write_csv,
+    "a.csv.gz": lambda path: write_csv(path, opened=gzip.open),
+    "a.parquet": lambda path: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path),
+    "file.arrow": lambda path: write_arrow(path, pyarrow.ipc.new_file),
+    "stream.arrow": lambda path: write_arrow(path, pyarrow.ipc.new_stream),
+    "saved": lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(path),
+    "saved-dict": lambda path: datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
+    ).save_to_disk(path),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_gives_the_rows_of_json_lines(tmp_path, name):
+    FORMS[name](tmp_path / name)
+    required = dict.fromkeys(("prompt", "chosen", "rejected", "margin"), "")
+    assert list(read_rows(tmp_path / name, required=required)) == ROWS
+
+
+def test_a_split_of_a_saved_dataset_is_named_behind_a_colon(tmp_path):
+    FORMS["saved-dict"](tmp_path / "set")
+    assert list(read_rows(f"{tmp_path}/set:test")) == ROWS[:1]
+    with pytest.raises(InputError, match="has no split dev; it has train, test"):
+        list(read_rows(f"{tmp_path}/set:dev"))
+
+
+def test_configurations_of_a_hub_dataset_are_named_before_the_split(monkeypatch):
+    asked = []
+
+    def load_dataset(name, config=None, split=None):
+        asked.append((name, config, split))
+        return ROWS
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for source in ("owner/name", "owner/name:test", "owner/name:default:test"):
+        assert list(read_rows(source)) == ROWS
+    assert asked == [
+        ("owner/name", None, "train"),
+        ("owner/name", None, "test"),
+        ("owner/name", "default", "test"),
+    ]
+    with pytest.raises(InputError, match="owner/name:config:split"):
+        list(read_rows("owner/name:a:b:c"))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet", "arrow", "jsonl.gz"])
+def test_a_missing_file_is_not_looked_for_on_the_hub(ending):
+    with pytest.raises(InputError, match="does not exist"):
+        list(read_rows(f"folder/none.{ending}"))
+
+
+def test_several_lists_in_one_object_are_not_chosen_between(tmp_path):
+    (tmp_path / "f.json").write_text(json.dumps({"train": ROWS, "test": ROWS}))
+    with pytest.raises(InputError, match="`prompt` is missing; the row has `train`, `test`"):
+        list(read_rows(tmp_path / "f.json", required={"prompt": ""}))
+    (tmp_path / "f.json").write_text(json.dumps(ROWS[0], indent=1))  # one row over many lines
+    assert list(read_rows(tmp_path / "f.json")) == ROWS[:1]
+
+
+def test_cells_hold_numbers_messages_and_nothing(tmp_path):
+    cells = {"id": "1", "prompt": json.dumps(MESSAGES), "chosen": "a", "rejected": "b", "margin": "", "note": "3"}
+    write_csv(tmp_path / "f.csv", [cells, cells | {"id": "2", "margin": "-0.5"}])
+    first, second = read_rows(tmp_path / "f.csv", optional=("prompt", "margin"))
+    assert first["prompt"] == MESSAGES and first["margin"] is None and first["note"] == "3"
+    assert second["margin"] == -0.5
+    write_csv(tmp_path / "g.csv", [cells | {"margin": "1,5"}, cells | {"id": "2", "prompt": str(MESSAGES)}])
+    number, python = read_rows(tmp_path / "g.csv")
+    assert isinstance(number, BadRow) and number.reason == "field `margin` must be a number"
+    assert isinstance(python, BadRow) and "save messages as JSON" in python.remedy
+    (tmp_path / "h.csv").write_text("prompt,chosen\na,b,c\n")
+    with pytest.raises(InputError, match=r"h\.csv, line 2: more cells"):
+        list(read_rows(tmp_path / "h.csv"))
+    (tmp_path / "h.csv").write_bytes(b"prompt,chosen\na,\xff\n")
+    with pytest.raises(InputError, match=r"h\.csv, line .: no CSV"):
+        list(read_rows(tmp_path / "h.csv"))
+
+
+def test_what_pandas_writes_for_a_gap_is_read(tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(
+        jsonl([{"id": 7.0, "prompt": "p", "margin": 1.0, "other": float("nan"), "deep": {"a": [1.0, float("-inf")]}}])
+    )
+    (row,) = read_rows(path, required={"prompt": ""}, optional=("margin",))
+    assert row == {"id": "7", "prompt": "p", "margin": 1.0, "other": None, "deep": {"a": [1.0, None]}}
+    path.write_bytes(jsonl([{"id": 7.5, "prompt": "p"}, {"id": 1, "prompt": "p", "margin": float("nan")}]))
+    half, gap = read_rows(path, optional=("margin",))
+    assert "field `id` must be" in half.reason and gap.reason == "field `margin` is NaN or infinite"
+
+
+def test_dialogues_as_text_become_turns(tmp_path):
+    begin = "\n\nHuman: Hi. Human: is a word.\n\nAssistant: Hello!\n\nHuman: How far is the moon?\n\nAssistant:"
+    path = tmp_path / "f.jsonl"
+    prompt = [
+        {"role": "user", "content": "Hi. Human: is a word."},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "How far is the moon?"},
+    ]
+    rows = [
+        {"id": "a", "chosen": f"{begin} Far.\n\nVery far.", "rejected": f"{begin} Near."},
+        {"id": "b", "prompt": begin, "chosen": "Far.", "rejected": "Near."},
+        {"id": "c", "prompt": "Human: what?", "chosen": "Human: a", "rejected": "b"},
+        {"id": "d", "chosen": f"{begin} Far.", "rejected": "\n\nHuman: Hi. Human: is a word.\n\nAssistant: Bye."},
+    ]
+    path.write_bytes(jsonl(rows))
+    first, second, third, apart = read_rows(path, required=dict.fromkeys(("prompt", "chosen", "rejected"), ""))
+    assert first["prompt"] == second["prompt"] == prompt
+    assert first["chosen"] == [{"role": "assistant", "content": "Far.\n\nVery far."}]
+    assert first["rejected"] == [{"role": "assistant", "content": "Near."}] and second["chosen"] == "Far."
+    assert third == rows[2]
+    assert apart.reason == "fields `chosen` and `rejected` part before the last turn"
+
+
+def test_content_parts_of_text_are_their_text(tmp_path):
+    parts = [{"type": "text", "text": "How "}, {"type": "text", "text": "far?"}]
+    path = tmp_path / "f.jsonl"
+    row = {"id": "a", "prompt": [{"role": "user", "content": parts}]}
+    row["chosen"] = [{"role": "assistant", "content": parts}]
+    path.write_bytes(jsonl([row]))
+    (row,) = read_rows(path, required={"prompt": "", "chosen": ""})
+    assert prompt_messages(row["prompt"]) == [{"role": "user", "content": "How far?"}]
+    assert response_text(row["chosen"]) == "How far?"
