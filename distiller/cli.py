@@ -33,6 +33,7 @@ from distiller.records import BadRow, InputError, parse_columns, read_rows, surv
 from distiller.runner import Work, run_stage
 from distiller.store import LineFile
 from distiller.templates import PromptError
+from distiller.tokens import with_fixed_date
 from distiller.usage import Usage
 
 __all__ = [
@@ -239,7 +240,7 @@ def token_counter(args: StageArguments) -> tuple[CountTokens, str]:
         tokenizer = AutoTokenizer.from_pretrained(
             args.model, trust_remote_code=args.trust_remote_code, local_files_only=bool(args.base_url)
         )
-        tokenizer.get_chat_template()  # ValueError without one
+        with_fixed_date(tokenizer).get_chat_template()  # ValueError without one
     except (OSError, ValueError) as fault:
         if not args.base_url:
             raise InputError(f"the tokenizer of {args.model} cannot be loaded: {fault}") from fault

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from datetime import datetime
 from functools import lru_cache
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -21,6 +23,33 @@ if TYPE_CHECKING:  # importing transformers takes seconds, and nothing here need
     from transformers import PreTrainedTokenizerBase
 
 NO_THINKING = {"enable_thinking": False}  # ignored by templates that do not know it
+CHAT_DATE = datetime(2024, 7, 26)
+"""What a chat template that writes today's date writes here: the day that Llama 3's takes where it knows none."""
+
+
+def with_fixed_date(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The same tokenizer, whose chat template writes `CHAT_DATE` in place of today's date.
+
+    Rows of two days would else be different tokens: a run could not be resumed after midnight, and rewards of today
+    would not be those of yesterday. The date becomes part of the template, so that a model saved with the tokenizer
+    keeps it, wherever it is used.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        tokenizer.chat_template = {name: _with_fixed_date(text) for name, text in template.items()}
+    elif template:
+        tokenizer.chat_template = _with_fixed_date(template)
+    return tokenizer
+
+
+def _with_fixed_date(template: str) -> str:
+    formats = dict.fromkeys(re.findall(r"strftime_now\(\s*(['\"].*?['\"])\s*\)", template))
+    if not formats or "macro strftime_now" in template:
+        return template
+    dates = "".join(
+        f"{{%- if format == {each} -%}}{CHAT_DATE.strftime(each[1:-1])}{{%- endif -%}}" for each in formats
+    )
+    return f"{{%- macro strftime_now(format) -%}}{dates}{{%- endmacro -%}}{template}"
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], name: str, **template_kwargs) -> list[int]:

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from distiller.chat import OPEN, check_messages, split_thinking
 from distiller.engine import Ask, AskError, Choices, Completion, EngineDead, EngineNotStarted, Sampling
+from distiller.tokens import with_fixed_date
 from distiller.vllm_choices import Weighing
 from distiller.vllm_setup import check_weights, cpu_threads, is_cpu_build, long_rope, prepare_cpu, vllm_version
 
@@ -129,7 +130,7 @@ class VLLMEngine:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-            tokenizer.get_chat_template()
+            with_fixed_date(tokenizer).get_chat_template()
         except (ValueError, OSError) as error:
             raise EngineNotStarted(f"teacher model {model!r}: no tokenizer with a chat template: {error}") from error
         return tokenizer

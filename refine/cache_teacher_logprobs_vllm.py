@@ -33,7 +33,7 @@ from distiller.logprob_cache import CacheInfo, LogprobCache
 from distiller.logprob_store import ShardFiles, check_directory
 from distiller.records import InputError, prompt_messages, response_text
 from distiller.runner import Done, Failed, RowWork, Work
-from distiller.tokens import end_of_turn, prompt_ids, response_ids, tokenizer_fingerprint
+from distiller.tokens import end_of_turn, prompt_ids, response_ids, tokenizer_fingerprint, with_fixed_date
 from distiller.vllm_logprobs import ResponseAsk, VLLMLogprobEngine
 from distiller.vllm_setup import check_weights
 
@@ -99,7 +99,7 @@ class CacheArguments(StageArguments):
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=self.trust_remote_code)
-            tokenizer.get_chat_template()
+            with_fixed_date(tokenizer).get_chat_template()
         except (OSError, ValueError) as fault:
             raise InputError(f"{model}: no tokenizer with a chat template: {fault}") from fault
         return tokenizer

@@ -170,5 +170,7 @@ def test_example_keeps_the_order_of_the_row_and_pairs_every_style_with_every_sty
 
 
 def test_an_unknown_benchmark_is_refused_with_the_known_names(tmp_path):
-    with pytest.raises(InputError, match="example.*nor a preference file"):
+    with pytest.raises(InputError, match="no file in .*, and none of the benchmarks; did you mean example?"):
         load_benchmark("exampel", None)
+    with pytest.raises(InputError, match="none of the benchmarks: .*example, .*rewardbench"):
+        load_benchmark("../data/nothing.jsonl", None)

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from distiller.logprob_cache import COMMAND, PATTERN, LogprobCache
 from distiller.manifest import Manifest, model_fingerprint
 from distiller.records import InputError, survey
+from distiller.tokens import with_fixed_date
 from RewardTrainer.train.arguments import DataArguments, ModelArguments
 from RewardTrainer.train.data import PairFeatures
 from RewardTrainer.train.generative import TeacherSignal
@@ -157,10 +158,10 @@ def teacher_tokenizer(cached: CachedTeacher, model_args: ModelArguments) -> PreT
     code = {"trust_remote_code": model_args.trust_remote_code}
     if given is not None:
         _check_same_teacher(cached.cache, given, **code)
-        return AutoTokenizer.from_pretrained(given, **code)
+        return with_fixed_date(AutoTokenizer.from_pretrained(given, **code))
     local = next((place for place in (Path(info.model), ROOT / info.model) if place.is_dir()), None)
     try:
-        return AutoTokenizer.from_pretrained(local or info.model, **code)
+        return with_fixed_date(AutoTokenizer.from_pretrained(local or info.model, **code))
     except (OSError, ValueError) as fault:
         raise InputError(
             f"{cached.cache.path} was made from {info.model}, whose tokenizer is not to be had ({fault}); say where "

@@ -41,6 +41,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from distiller.records import InputError
+from distiller.tokens import with_fixed_date
 from RewardTrainer.train import modeling_mlp_reward
 from RewardTrainer.train.fp32_head import with_masters
 from RewardTrainer.train.lora import has_adapters, load_adapters, merged_state, plain_names, save_adapters
@@ -111,7 +112,7 @@ def load_tokenizer(path: str, **load_args) -> PreTrainedTokenizerBase:
             f"the tokenizer of {path} has no chat template, and a reward model scores conversations; "
             "save one into its tokenizer (tokenizer.chat_template = ...)"
         )
-    change = prepare_tokenizer(tokenizer)
+    change = prepare_tokenizer(with_fixed_date(tokenizer))
     if change:
         logger.warning("%s: %s", path, change)
     return tokenizer

@@ -30,6 +30,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 
 from distiller.records import InputError, dump_line, parse_columns
+from distiller.tokens import with_fixed_date
 from RewardTrainer.eval.engines.encoding import longest_input
 from RewardTrainer.fused_layers import use_fused_layers
 from RewardTrainer.memory import memory_for, memory_of, weights_gib
@@ -97,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
             teacher_tokenizer = load_teacher_tokenizer(cached, model_args)
             teacher_vocabulary_size = cached.cache.info.vocab_size
         elif model_args.teacher_model is not None:
-            teacher_tokenizer = AutoTokenizer.from_pretrained(model_args.teacher_model, **code)
+            teacher_tokenizer = with_fixed_date(AutoTokenizer.from_pretrained(model_args.teacher_model, **code))
             teacher_config = AutoConfig.from_pretrained(model_args.teacher_model, **code)
             teacher_vocabulary_size = teacher_config.get_text_config().vocab_size
             teacher_limit = longest_input(teacher_config, teacher_tokenizer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from difflib import get_close_matches
 from pathlib import Path
 
 from distiller.records import InputError
@@ -45,7 +46,8 @@ def load_benchmark(name: str, data_dir: Path | None) -> Benchmark:
 
     if name in BENCHMARKS:
         return BENCHMARKS[name](data_dir)
-    if Path(name).is_file():
+    if Path(name).exists():
         return preference.load(Path(name))
-    known = ", ".join(sorted(BENCHMARKS))
-    raise InputError(f"--benchmarks {name}: neither a benchmark ({known}) nor a preference file that exists")
+    close = get_close_matches(name, BENCHMARKS, 1)
+    meant = f"; did you mean {close[0]}?" if close else f": {', '.join(sorted(BENCHMARKS))}"
+    raise InputError(f"--benchmarks {name}: no file in {Path.cwd()}, and none of the benchmarks{meant}")

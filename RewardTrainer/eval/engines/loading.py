@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from distiller.records import InputError
+from distiller.tokens import with_fixed_date
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,7 +50,7 @@ def load_config(name: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, P
             f"{name}: num_labels is {config.num_labels}, a reward model has 1 (architecture {config.architectures}; a "
             "config that does not say is read as 2, so a language model without a reward head ends here too)."
         )
-    return config, _from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+    return config, with_fixed_date(_from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code))
 
 
 def load_model(
