@@ -1,7 +1,10 @@
 """Each architecture of transformers with a causal LM and a sequence classifier trains, or is refused in a line.
 
-Random weights, tiny shapes, one step on rewards alone, then the export is loaded and gives a reward.
+Random weights, tiny shapes, one step on rewards alone, then the export is loaded and gives a reward. And each teaches
+a student of another architecture, or is refused.
 """
+
+import json
 
 import pytest
 import torch
@@ -58,13 +61,9 @@ def save_tiny(kind: str, path) -> None:
     tokenizer.save_pretrained(path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in OTHER_WORLDS])
-def test_every_architecture_trains_or_is_refused_in_a_line(kind, tmp_path):
-    save_tiny(kind, tmp_path / "student")
+def train(tmp_path, config: str, **more) -> None:
     given = {
-        "config": run_reward_train.CONFIGS / "example_bt.yaml",
-        "model_name_or_path": tmp_path / "student",
+        "config": run_reward_train.CONFIGS / config,
         "train_file": write_rows(tmp_path / "pairs.jsonl", pair_rows(6)),
         "output_dir": tmp_path / "rm",
         "max_steps": 1,
@@ -73,8 +72,15 @@ def test_every_architecture_trains_or_is_refused_in_a_line(kind, tmp_path):
         "save_strategy": "no",
         "disable_tqdm": "true",
     }
+    run_reward_train.main([str(part) for name, value in (given | more).items() for part in (f"--{name}", value)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in OTHER_WORLDS])
+def test_every_architecture_trains_or_is_refused_in_a_line(kind, tmp_path):
+    save_tiny(kind, tmp_path / "student")
     try:
-        run_reward_train.main([str(part) for name, value in given.items() for part in (f"--{name}", value)])
+        train(tmp_path, "example_bt.yaml", model_name_or_path=tmp_path / "student")
     except InputError as refusal:
         assert kind not in MUST_TRAIN and "\n" not in str(refusal)
         pytest.skip(str(refusal))
@@ -82,3 +88,18 @@ def test_every_architecture_trains_or_is_refused_in_a_line(kind, tmp_path):
     chat = [{"role": "user", "content": "name"}, {"role": "assistant", "content": "tin"}]
     [(_, _, reward)] = scorer.score(scorer.encode([[chat]]))
     assert reward == reward
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in OTHER_WORLDS])
+def test_every_architecture_teaches_or_is_refused_in_a_line(kind, tmp_path):
+    save_tiny("qwen2", tmp_path / "student")
+    save_tiny(kind, tmp_path / "teacher")
+    models = {"model_name_or_path": tmp_path / "student", "teacher_model": tmp_path / "teacher"}
+    try:
+        train(tmp_path, "example.yaml", logging_steps=1, **models)
+    except InputError as refusal:
+        assert kind not in MUST_TRAIN and "\n" not in str(refusal) and "teacher" in str(refusal)
+        pytest.skip(str(refusal))
+    (log, *_) = json.loads((tmp_path / "rm/trainer_state.json").read_text())["log_history"]
+    assert log["loss_kl"] > 0 if kind != "qwen2" else log["loss_kl"] == pytest.approx(0, abs=1e-5)

@@ -219,7 +219,7 @@ def split_causal_lm(lm: PreTrainedModel) -> tuple[PreTrainedModel, LanguageHead]
     except NotImplementedError:  # a decoder in a wrapper of its own, as BART's
         backbone = lm
     if backbone is lm or not isinstance(output, nn.Linear):
-        raise InputError(f"{name} is not a backbone with a linear LM head on top; it cannot be a student")
+        raise InputError(f"{name} is not a backbone with a linear LM head on top: neither student nor live teacher")
     language_head = LanguageHead(output.weight, output.bias, lm.config)
     if runnable(backbone):
         ids = torch.arange(4, device=output.weight.device).unsqueeze(0) + lm.config.get_text_config().vocab_size // 2
@@ -231,12 +231,14 @@ def split_causal_lm(lm: PreTrainedModel) -> tuple[PreTrainedModel, LanguageHead]
                 ours = language_head.logits(backbone(input_ids=ids, use_cache=False).last_hidden_state).float()
         except (RuntimeError, ValueError, TypeError) as fault:
             said = str(fault).strip().partition("\n")[0]
-            raise InputError(f"{name} cannot be a student: its LM head on its hidden states fails ({said})") from fault
+            raise InputError(
+                f"{name} cannot be a student or a live teacher: its LM head on its hidden states fails ({said})"
+            ) from fault
         finally:
             lm.train(training)
         if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item()):
             raise InputError(
-                f"{name} makes its logits of hidden states in a way that is not known here; it cannot be a student"
+                f"{name} makes its logits of hidden states in a way not known here: neither student nor live teacher"
             )
     return backbone, language_head
 
