@@ -1,6 +1,6 @@
 """What becomes of a real LLM's replies under the shipped prompts, and of its rewards: rates of every outcome.
 
-    python benchmarks/real_teacher.py --model HuggingFaceTB/SmolLM2-135M-Instruct        # 10 minutes on 2 cores
+    python benchmarks/real_teacher.py --model HuggingFaceTB/SmolLM2-135M-Instruct        # 20 minutes on 2 cores
     python benchmarks/real_teacher.py --model path/of/any/instruct/model --pairs pairs.jsonl --rows 100 --train 0
 
 Twelve short pairs written for this (`real_pairs.jsonl`), or yours, go through the commands with the paper's prompts,
@@ -30,7 +30,7 @@ def rows_of(path: Path) -> list[dict]:
 def outcomes(output: Path) -> dict:
     """How many rows of a stage were done, filtered and failed, and why."""
     rows = {kind: rows_of(Path(f"{output}{ending}")) for kind, ending in KINDS.items()}
-    reasons = {kind: Counter(row["reason"].partition(":")[0] for row in rows[kind]) for kind in ("filtered", "failed")}
+    reasons = {kind: Counter(row["reason"][:60] for row in rows[kind]) for kind in ("filtered", "failed")}
     return {kind: len(found) for kind, found in rows.items()} | {"reasons": reasons}
 
 
@@ -76,11 +76,6 @@ class Commands:
             by_row.setdefault(str(verdict["id"]), []).append(said)
         both = [said for said in by_row.values() if len(said) == 2 and None not in said]
         return found | {"read_in_both_orders": len(both), "agree": sum(a == b for a, b in both)}
-
-
-def tries(result: dict, asks_of_a_row: int) -> float | None:
-    """Asks a row of those that went all the way."""
-    return result["usage"].get("asks", 0) / (asks_of_a_row * result["done"]) if result["done"] else None
 
 
 def main() -> None:

@@ -36,8 +36,10 @@ _ANNOUNCEMENT = re.compile(
     r"""\W*(?:(?:sure|certainly|of\ course|okay|ok)\b\W*)?
     (?:(?:here(?:['\u2019]s|\ is)|below\ is|this\ is|the\ following\ is)\s+)?
     (?:(?:the|my|an?|your)\s+)?(?:(?:full|complete|whole|final)\s+)*(?:text\s+of\s+(?:the\s+)?)?
-    (?:edited|refined|revised|corrected|improved|rewritten|updated|repaired|modified|mended)\s+
-    (?:version\s+of\s+the\s+)?(?:\w+\s+)?(?:response|answer|reply|text|version)\b[^\n:]{0,40}[:\n]""",
+    (?:(?:edited|refined|revised|corrected|improved|rewritten|updated|repaired|modified|mended)\s+
+    (?:version\s+of\s+the\s+)?(?:\w+\s+)?(?:response|answer|reply|text|version)
+    |(?:response|answer|reply|text)\s+(?:as\s+)?(?:edited|refined|revised|corrected|improved|rewritten))
+    \b[^\n:]{0,90}[:\n]""",
     re.IGNORECASE | re.VERBOSE,
 )
 _OPENERS = {"</diagnosis>": "<diagnosis>", "</refined>": "<refined>"}
@@ -131,9 +133,9 @@ def read_refinement(reply: Completion, instructions: str = "", rejected: str = "
 
 
 def is_echo(text: str, instructions: str) -> bool:
-    """Whether a block is, or begins with, words of the instructions: its whole or its first line or sentence stands
-    in them, with `ECHO_WORDS` words at least; or it is what the instructions themselves have between the tags, or
-    nothing but dots."""
+    """Whether a block says words of the instructions: its whole or its first line or sentence stands in them, with
+    `ECHO_WORDS` words at least, or anything in it with twice as many; or it is what the instructions themselves have
+    between the tags, or nothing but dots."""
     if not text.strip(" .\u2026\n\r\t"):
         return True
     try:
@@ -142,10 +144,18 @@ def is_echo(text: str, instructions: str) -> bool:
     except ParseError:
         pass
     told = _plain(instructions)
-    return any(
+    if any(
         len(beginning.split()) >= ECHO_WORDS and beginning in told
         for beginning in map(_plain, (text, *_FIRST.match(text.strip()).groups()))
-    )
+    ):
+        return True
+    return not _runs(told).isdisjoint(_runs(_plain(text)))
+
+
+def _runs(text: str) -> set[tuple[str, ...]]:
+    """All 2 * `ECHO_WORDS` words in a row."""
+    found = re.findall(r"\w+", text)
+    return set(zip(*(found[start:] for start in range(2 * ECHO_WORDS)), strict=False))
 
 
 def _plain(text: str) -> str:

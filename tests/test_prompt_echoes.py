@@ -93,6 +93,9 @@ def test_a_reply_of_the_prompts_own_words_answers_nothing(own, read):
         ("The distance is wrong.", f"**Edited Response:**\n\n{EDITED}"),
         ("The distance is wrong.", f"Sure! Here's a revised version of the response:\n{EDITED}"),
         ("The distance is wrong.", f"Refined answer\n{EDITED}"),
+        ("The distance is wrong.", f"Sure, here's the response as edited:\n\n{EDITED}"),
+        ("The distance is wrong.", f"The corrected response is a complete one that is ready to be sent: {EDITED}"),
+        ("The draft is bad. Say what is wrong with the draft, and what mends it.", f"So. {EDITED}"),
     ],
 )
 def test_a_teacher_that_echoes_is_asked_again_and_then_fails_with_that_reason(tmp_path, diagnosis, refined):
