@@ -162,11 +162,9 @@ def test_each_form_has_a_prompt_file_that_shows_everything_once_and_names_the_ta
         assert all(text.count(content) == 1 for content in ["Why is it 42?", *texts[:shown]])
         assert not any(content in text for content in texts[shown:])
         example = text[text.rindex(texts[shown - 1]) :]
-        if form in VERDICTS:
-            assert READERS[form](example[: example.index("</verdict>") + 10], shown) == {"verdict": "A"}
-        else:
-            tags = ["score"] if form == POINTWISE else [f"score_{letter}" for letter in "abcd"[:shown]]
-            assert all(f"<{tag}>" in example and f"</{tag}>" in example for tag in tags)
+        tags = ["score"] if form == POINTWISE else [f"score_{letter}" for letter in "abcd"[:shown]]
+        tags = ["verdict"] if form in VERDICTS else tags
+        assert all(f"<{tag}>" in example and f"</{tag}>" in example for tag in tags)
 
 
 def test_a_prompt_file_that_does_not_show_all_that_is_judged_is_refused_by_name(tmp_path):

@@ -252,7 +252,7 @@ def test_failed_asks_are_run_again_on_demand(house, server):
 
 def test_what_a_user_gets_wrong_is_named(house, server, capsys):
     for flags, message in [
-        (["--benchmarks", "nosuch"], "nosuch: neither a benchmark"),
+        (["--benchmarks", "nosuch"], "nosuch: no file in "),
         (["--benchmarks", "llmbar,llmbar"], "one or more different names"),
         (["--data_dir", house / "nowhere"], "--data_dir"),
         (["--max_tries", "3"], "--max_tries 3: at --temperature 0"),
