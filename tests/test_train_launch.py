@@ -334,6 +334,7 @@ def test_command_line_overrides_the_recipe_and_unknown_keys_are_refused(tmp_path
         (["--learnig_rate", "1e-4"], "unknown argument --learnig_rate, did you mean --learning_rate?"),
         (["--learnig_rate=1e-4"], "unknown argument --learnig_rate, did you mean --learning_rate?"),
         (["--config", "nothing.yaml"], "--config nothing.yaml: no such file"),
+        (["--attn_implementation", "egaer"], "--attn_implementation egaer: not one of eager, "),
         (["--eval_strategy", "steps", "--eval_steps", "0", "--logging_steps", "0"], "non-zero"),
     ],
 )
@@ -494,6 +495,13 @@ def test_missing_model_directory_is_named(path, message, world, tmp_path, monkey
     monkeypatch.chdir(SCRIPTS.parent)
     with pytest.raises(run_reward_train.InputError, match=re.escape(message)):
         run_reward_train.main([*flags(world, tmp_path / "out", batch_size=2), "--model_name_or_path", path])
+
+
+@pytest.mark.parametrize("flag", ["--model_name_or_path", "--teacher_model"])
+def test_model_that_the_hub_does_not_give_is_named_with_the_remedy(flag, world, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(run_reward_train.InputError, match=r"^owner/none is no directory here .*: give a local directory"):
+        run_reward_train.main([*flags(world, tmp_path / "out", batch_size=2), flag, "owner/none"])
 
 
 def test_missing_file_of_rows_is_named_before_anything_starts(tmp_path, monkeypatch):

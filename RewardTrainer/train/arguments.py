@@ -15,6 +15,7 @@ from transformers.trainer_utils import HubStrategy
 from trl import TrlParser
 
 from distiller.records import InputError
+from RewardTrainer.eval.engines.loading import check_attention
 from RewardTrainer.train.losses import LOSSES, check_weights
 
 PATHS = {"model_name_or_path", "teacher_model", "teacher_logprobs", "train_file", "eval_file", "output_dir"}
@@ -82,6 +83,7 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        check_attention(self.attn_implementation)
         lora = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
         given = [name for name in lora if getattr(self, name) != type(self).__dataclass_fields__[name].default]
         if given and not self.use_peft:

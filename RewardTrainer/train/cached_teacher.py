@@ -22,6 +22,7 @@ from distiller.logprob_cache import COMMAND, PATTERN, LogprobCache
 from distiller.manifest import Manifest, model_fingerprint
 from distiller.records import InputError, survey
 from distiller.tokens import with_fixed_date
+from RewardTrainer.eval.engines.loading import from_pretrained
 from RewardTrainer.train.arguments import DataArguments, ModelArguments
 from RewardTrainer.train.data import PairFeatures
 from RewardTrainer.train.generative import TeacherSignal
@@ -176,7 +177,7 @@ def _check_same_teacher(cache: LogprobCache, given: str, **load_args) -> None:
     fingerprint = model_fingerprint(given)
     both = files is not None and fingerprint is not None
     names = manifest is not None and files is None and fingerprint is None
-    size = AutoConfig.from_pretrained(given, **load_args).get_text_config().vocab_size
+    size = from_pretrained(AutoConfig, given, **load_args).get_text_config().vocab_size
     if (both and files != fingerprint) or (names and given != cache.info.model) or size != cache.info.vocab_size:
         raise InputError(
             f"--teacher_model {given} is not the teacher of --teacher_logprobs {cache.path}, which was made from "

@@ -42,6 +42,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from distiller.records import InputError
 from distiller.tokens import with_fixed_date
+from RewardTrainer.eval.engines.loading import from_pretrained
 from RewardTrainer.train import modeling_mlp_reward
 from RewardTrainer.train.fp32_head import with_masters
 from RewardTrainer.train.lora import has_adapters, load_adapters, merged_state, plain_names, save_adapters
@@ -106,7 +107,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def load_tokenizer(path: str, **load_args) -> PreTrainedTokenizerBase:
     """The tokenizer of `path`, prepared. InputError if it has no chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(path, **load_args)
+    tokenizer = from_pretrained(AutoTokenizer, path, **load_args)
     if tokenizer.chat_template is None:
         raise InputError(
             f"the tokenizer of {path} has no chat template, and a reward model scores conversations; "
@@ -152,7 +153,7 @@ def load_student(
     Raises ValueError for a generative loss on a model without LM head, for a model whose head is not one scalar, for
     weights that are stored quantized, and for an architecture that could not be exported.
     """
-    config = AutoConfig.from_pretrained(path, **load_args)
+    config = from_pretrained(AutoConfig, path, **load_args)
     if "quantization_config" in vars(config):
         raise InputError(
             f"{path} has quantized weights, which cannot be trained: start from the model that it was made of, with "
@@ -178,7 +179,7 @@ def load_student(
             if lm_head is not None:
                 lm_head.weight = backbone.get_input_embeddings().weight
     else:
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **load_args)
+        lm = from_pretrained(AutoModelForCausalLM, path, dtype=dtype, **load_args)
         if in_4bit_on is not None:
             settle(lm.base_model)
         if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
@@ -208,14 +209,14 @@ def _from_reward_model(
     if kind != head:
         raise InputError(f"{path} has a {kind} head: start from it with --head {kind}")
     if kind == "linear":
-        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, **load_args)
+        model = from_pretrained(AutoModelForSequenceClassification, path, dtype=dtype, **load_args)
         stored = model.score if isinstance(getattr(model, "score", None), nn.Linear) else None
         if stored is None or stored.out_features != 1 or stored.bias is not None:
             raise InputError(f"{path} ({type(model).__name__}) has no linear `score` head with one label and no bias")
         backbone = model.base_model
         weights = {"weight": _whole(stored.weight)}
     else:
-        backbone = AutoModel.from_pretrained(path, dtype=dtype, **load_args)
+        backbone = from_pretrained(AutoModel, path, dtype=dtype, **load_args)
         prefix = "classifier."
         weights = {k.removeprefix(prefix): v for k, v in read_weights(path).items() if k.startswith(prefix)}
     score = reward_head(kind, config.get_text_config().hidden_size)

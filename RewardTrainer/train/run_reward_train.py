@@ -32,6 +32,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from distiller.records import InputError, dump_line, parse_columns
 from distiller.tokens import with_fixed_date
 from RewardTrainer.eval.engines.encoding import longest_input
+from RewardTrainer.eval.engines.loading import from_pretrained
 from RewardTrainer.fused_layers import use_fused_layers
 from RewardTrainer.memory import memory_for, memory_of, weights_gib
 from RewardTrainer.packing import no_plans_by_shape
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     code = {"trust_remote_code": model_args.trust_remote_code}
     student_source = {"revision": model_args.model_revision, **code}
     tokenizer = load_tokenizer(model_args.model_name_or_path, **student_source)
-    config = AutoConfig.from_pretrained(model_args.model_name_or_path, **student_source)
+    config = from_pretrained(AutoConfig, model_args.model_name_or_path, **student_source)
     limit = longest_input(config, tokenizer)
     if data_args.max_length > limit:
         logger.warning("--max_length %d is over what the student takes; it is %d", data_args.max_length, limit)
@@ -98,8 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
             teacher_tokenizer = load_teacher_tokenizer(cached, model_args)
             teacher_vocabulary_size = cached.cache.info.vocab_size
         elif model_args.teacher_model is not None:
-            teacher_tokenizer = with_fixed_date(AutoTokenizer.from_pretrained(model_args.teacher_model, **code))
-            teacher_config = AutoConfig.from_pretrained(model_args.teacher_model, **code)
+            teacher_tokenizer = with_fixed_date(from_pretrained(AutoTokenizer, model_args.teacher_model, **code))
+            teacher_config = from_pretrained(AutoConfig, model_args.teacher_model, **code)
             teacher_vocabulary_size = teacher_config.get_text_config().vocab_size
             teacher_limit = longest_input(teacher_config, teacher_tokenizer)
         else:

@@ -27,6 +27,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils.generic import is_flash_attention_requested
 
 from distiller.records import InputError
+from RewardTrainer.eval.engines.loading import from_pretrained
 from RewardTrainer.packing import Segments, run_packed
 from RewardTrainer.packing_trial import judge
 from RewardTrainer.train.batches import Layout
@@ -268,7 +269,7 @@ class LiveTeacher:
     def load(cls, path: str, device: torch.device, **load_args) -> "LiveTeacher":
         """Whole on `device`, in the dtype of `load_args`, whatever the ZeRO stage."""
         with plain_loading():
-            return cls(AutoModelForCausalLM.from_pretrained(path, **load_args).to(device))
+            return cls(from_pretrained(AutoModelForCausalLM, path, **load_args).to(device))
 
     @torch.no_grad()
     def signal_for(

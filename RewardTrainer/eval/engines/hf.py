@@ -32,7 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distiller.records import InputError
 from RewardTrainer.eval.engines.base import Encoded
 from RewardTrainer.eval.engines.encoding import ChatEncoder, resolve_max_length
-from RewardTrainer.eval.engines.loading import load_config, load_model, resolve_dtype
+from RewardTrainer.eval.engines.loading import check_attention, load_config, load_model, resolve_dtype
 from RewardTrainer.fused_layers import use_fused_layers
 from RewardTrainer.memory import memory_for, weights_gib
 from RewardTrainer.packing import no_plans_by_shape, pack, packed_length, run_packed, to_device
@@ -286,6 +286,7 @@ def load_scorer(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(dtype, on_gpu=device.type == "cuda")
+    check_attention(attn_implementation)
     config, tokenizer = load_config(name, trust_remote_code)
     model = load_model(name, config, dtype, attn_implementation, trust_remote_code)
     with memory_for(f"{name}, {weights_gib(model):.1f} GiB", "Take --dtype bfloat16 or --engine vllm.", device):

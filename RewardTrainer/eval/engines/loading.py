@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distiller.records import InputError
 from distiller.tokens import with_fixed_date
@@ -44,13 +45,13 @@ def load_config(name: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, P
     _check_directory(name)
     if trust_remote_code:
         print(f"trust_remote_code: Python code shipped with {name} will run on this machine.", file=sys.stderr)
-    config = _from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
+    config = from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
     if config.num_labels != 1:
         raise InputError(
             f"{name}: num_labels is {config.num_labels}, a reward model has 1 (architecture {config.architectures}; a "
             "config that does not say is read as 2, so a language model without a reward head ends here too)."
         )
-    return config, with_fixed_date(_from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code))
+    return config, with_fixed_date(from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code))
 
 
 def load_model(
@@ -60,7 +61,7 @@ def load_model(
     in_fp32 = PreTrainedModel._keep_in_fp32_modules_strict
     PreTrainedModel._keep_in_fp32_modules_strict = {*(in_fp32 or ()), "score"}
     try:
-        model, loading = _from_pretrained(
+        model, loading = from_pretrained(
             AutoModelForSequenceClassification,
             name,
             config=config,
@@ -87,11 +88,25 @@ def load_model(
     return model
 
 
-def _from_pretrained(loader: type, name: str, **options: Any) -> Any:
+def from_pretrained(loader: type, name: str, **options: Any) -> Any:
+    """`loader.from_pretrained(name, **options)`. Raises InputError, in one line, where transformers gives up."""
     try:
         return loader.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{name}: cannot be loaded as a reward model: {error}") from error
+        said = " ".join(str(error).split())
+        if Path(name).is_dir():
+            raise InputError(f"{name}: cannot be loaded: {said}") from error
+        raise InputError(
+            f"{name} is no directory here ({Path.cwd()}) and cannot be fetched from the hub: give a local directory, "
+            f"or fetch it where there is a network. What was said: {said}"
+        ) from error
+
+
+def check_attention(name: str | None) -> None:
+    """Raises InputError for an --attn_implementation that transformers does not know."""
+    known = ["eager", *(each for each in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in each)]
+    if name is not None and "/" not in name and name not in known:
+        raise InputError(f"--attn_implementation {name}: not one of {', '.join(known)}, nor a kernel of the hub")
 
 
 def _check_directory(name: str) -> None:
