@@ -1,6 +1,7 @@
 """Rewards against plain transformers, one conversation at a time, and what is refused instead of scored."""
 
 import json
+import os
 import random
 import shutil
 
@@ -234,6 +235,16 @@ def adapter_alone(directory):
     (directory / "config.json").rename(directory / "adapter_config.json")
 
 
+def training_not_ended(directory):
+    for step in (5, 10):
+        shutil.copytree(directory, directory.parent / f"checkpoint-{step}")
+    shutil.rmtree(directory)
+    directory.mkdir()
+    for checkpoint in directory.parent.glob("checkpoint-*"):
+        checkpoint.rename(directory / checkpoint.name)
+    os.utime(directory / "checkpoint-5/config.json", ns=(0, 0))
+
+
 def own_code(directory):
     edit_config(directory, model_type="mystery", auto_map={"AutoConfig": "mystery.Config"})
     (directory / "mystery.py").write_text("raise SystemExit('remote code has run')\n")
@@ -248,7 +259,11 @@ def own_code(directory):
         (half_a_backbone, "lacks model.layers.1.mlp.up_proj.weight"),
         (pickled, "safetensors"),
         (no_template, "no chat template"),
-        (no_config, "no config.json"),
+        (no_config, "no config.json; give the directory"),
+        (
+            training_not_ended,
+            "--resume_from_checkpoint last. The newest model in it: --model .*checkpoint-10",
+        ),
         (adapter_alone, "merge the LoRA adapter"),
         (own_code, "custom code"),
     ],

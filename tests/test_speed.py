@@ -13,7 +13,7 @@ from train_fixtures import make_trainer, pair_rows, tiny_model, write_cache
 from transformers import AutoModel, MistralConfig, Qwen2MoeConfig
 
 from RewardTrainer.train import speed
-from RewardTrainer.train.speed import model_cost, pair_cost, peak_flops, seen
+from RewardTrainer.train.speed import model_cost, pair_cost, peak_flops, seen, whole_run
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +156,13 @@ def test_the_first_step_is_in_no_log_however_many_batches_it_has(models, tmp_pat
     assert ["step_seconds" in log for log in logs] == [False, True, True]
     assert ["first_step_seconds" in log for log in logs] == [True, False, False]
     assert 0 < logs[0]["first_step_seconds"] < 60
+
+
+def test_loss_of_a_run_that_was_gone_on_from_weighs_each_log_by_its_steps():
+    history = [{"step": 4, "loss": 5.0}, {"step": 4, "eval_loss": 9.0}, {"step": 8, "loss": 3.0}]
+    history.append({"step": 12, "loss": 1.0})
+    whole = whole_run({"train_loss": 1.7, "train_runtime": 2.0}, history, 12, 6)  # steps 5 and 6 are in no log
+    assert whole == {"train_loss": (4 * 5 + 2 * 3 + 4 * 1) / 10, "train_runtime": 2.0, "resumed_at_step": 6}
 
 
 # ---------------------------------------------------------------- waiting for the device

@@ -1,6 +1,7 @@
 """The training scripts as a user runs them: bash, the DeepSpeed launcher, two ranks on the CPU."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -374,9 +375,10 @@ def test_flag_that_would_be_ignored_is_refused(flags, tmp_path):
         run_reward_train.main([*flags, "--output_dir", str(tmp_path)])
 
 
-def test_figures_of_a_run_that_was_gone_on_from_are_those_of_the_whole_run(world, tmp_path):
+def test_figures_of_a_run_that_was_gone_on_from_are_those_of_the_whole_run(world, tmp_path, caplog, capfd):
     output = tmp_path / "out"
-    given = [*flags(world, output, batch_size=2), "--logging_steps", "2", "--save_steps", "5"]
+    caplog.set_level(logging.INFO)
+    given = [*flags(world, output, batch_size=2), "--logging_steps", "2", "--save_steps", "0.35"]
     given += ["--max_steps", "-1", "--num_train_epochs", "1"]
 
     def figures() -> dict:
@@ -385,11 +387,15 @@ def test_figures_of_a_run_that_was_gone_on_from_are_those_of_the_whole_run(world
     run_reward_train.main(given)
     whole = figures()
     assert "resumed_at_step" not in whole
-    run_reward_train.main([*given, "--resume_from_checkpoint", str(output / "checkpoint-10")])
+    run_reward_train.main([*given, "--resume_from_checkpoint", str(output / "checkpoint-10"), "--save_steps", "13"])
+    assert "going on from step 10 of 14" in caplog.text and "do not match" not in capfd.readouterr().err
+    assert (output / "checkpoint-13").is_dir()  # as this command says, not as the first one did
     resumed = figures()
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert history[-1]["train_loss"] == resumed["train_loss"]  # what the console shows
     assert resumed["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-3)
     assert resumed["resumed_at_step"] == 10
-    assert resumed["train_steps_per_second"] == pytest.approx(4 / resumed["train_runtime"])
+    assert resumed["train_steps_per_second"] == pytest.approx(4 / resumed["train_runtime"], rel=1e-3)
     run_reward_train.main([*given, "--resume_from_checkpoint", "last"])
     finished = figures()
     assert finished["train_loss"] == pytest.approx(resumed["train_loss"])
@@ -500,7 +506,7 @@ def test_missing_model_directory_is_named(path, message, world, tmp_path, monkey
 @pytest.mark.parametrize("flag", ["--model_name_or_path", "--teacher_model"])
 def test_model_that_the_hub_does_not_give_is_named_with_the_remedy(flag, world, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(run_reward_train.InputError, match=r"^owner/none is no directory here .*: give a local directory"):
+    with pytest.raises(run_reward_train.InputError, match=r"^owner/none is no directory here .* give a local dir"):
         run_reward_train.main([*flags(world, tmp_path / "out", batch_size=2), flag, "owner/none"])
 
 
@@ -517,8 +523,11 @@ def test_missing_file_of_rows_is_named_before_anything_starts(tmp_path, monkeypa
         run_reward_train.main(["--train_file", "../data/other.jsonl", "--output_dir", str(tmp_path)])
 
 
-def test_rows_held_out_are_written_beside_the_model(world, tmp_path):
+def test_rows_held_out_are_written_beside_the_model_and_their_metrics_are_logged(world, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     run_reward_train.main([*flags(world, tmp_path / "out", batch_size=2), "--eval_ratio", "0.2"])
+    accuracy = json.loads((tmp_path / "out/metrics.json").read_text())["after"]["eval_accuracy"]
+    assert f"held out, after training: accuracy {accuracy:.4g}, mean_gap" in caplog.text
     rows = pair_rows(60)
     held_out = [json.loads(line) for line in (tmp_path / "out/held_out.jsonl").read_text().splitlines()]
     assert len(held_out) == 12 and all(row in rows for row in held_out)

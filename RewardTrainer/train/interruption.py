@@ -8,6 +8,7 @@ the first step and after the last a signal ends a rank at once, like SIGKILL.
 
 import hashlib
 import json
+import logging
 import signal
 from collections.abc import Sequence
 from dataclasses import fields
@@ -20,6 +21,8 @@ from transformers import TrainerCallback
 from distiller.records import InputError
 from RewardTrainer.train.arguments import DistilConfig, ModelArguments
 from RewardTrainer.train.data import PairFeatures
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 COMPLETE_FILE = "checkpoint_complete"  # beside it, once all that a run goes on from is written
@@ -52,6 +55,9 @@ class SaveOnSigterm(TrainerCallback):
         self.told = self.agreed = False
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step:
+            logger.info("going on from step %d of %d", state.global_step, state.max_steps)
+            state.compute_steps(args, state.max_steps)  # the checkpoint's --save_steps, ... would be obeyed, not ours
         self._before = {each: signal.signal(each, self._stop) for each in (signal.SIGTERM, signal.SIGUSR1)}
 
     def _stop(self, signum: int, frame: object) -> None:

@@ -25,9 +25,8 @@ from typing import NoReturn
 
 import torch
 from accelerate.utils import DistributedType
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, TrainerState, set_seed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer import TRAINER_STATE_NAME
 
 from distiller.records import InputError, dump_line, parse_columns
 from distiller.tokens import with_fixed_date
@@ -50,7 +49,7 @@ from RewardTrainer.train.model_card import write_card
 from RewardTrainer.train.plots import calibration, draw_calibration, draw_curves
 from RewardTrainer.train.quantization import check_4bit
 from RewardTrainer.train.rows import check_file
-from RewardTrainer.train.speed import summary, whole_run
+from RewardTrainer.train.speed import summary
 from RewardTrainer.train.student import LiveTeacher, choose_layout, runnable
 from RewardTrainer.train.trainer import HELD_OUT_FILE, DistilTrainer, generative_field, last_checkpoint
 from RewardTrainer.train.vocabulary import match_vocabularies
@@ -199,10 +198,8 @@ def main(arguments: list[str] | None = None) -> None:
     # Training
     settings = run_settings(model_args, args, train_pairs, eval_pairs)
     resume_from = find_checkpoint(args)
-    resumed_at = 0
     if resume_from is not None:
         check_resume(resume_from, settings)
-        resumed_at = TrainerState.load_from_json(Path(resume_from) / TRAINER_STATE_NAME).global_step
     elif eval_pairs:
         args.eval_on_start = True
     trainer = DistilTrainer(
@@ -235,14 +232,14 @@ def main(arguments: list[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         for name in REPORTS:  # an earlier run's, of another model
             (Path(args.output_dir) / name).unlink(missing_ok=True)
+    logger.info("training is done: saving the model, measuring its rewards%s", " and evaluating it" * bool(eval_pairs))
     # The model first, which nothing below may cost; again with how its rewards lie. (_internal_call: not pushed yet)
     trainer.save_model(_internal_call=True)
     measured = (eval_pairs or train_pairs)[:STATISTICS_PAIRS]
     scale = trainer.measure_rewards(measured)
     trainer.save_model(_internal_call=True)
     trainer.save_state()
-    steps = trainer.state.global_step
-    metrics = {"train": whole_run(result.metrics, trainer.state.log_history, steps, resumed_at)}
+    metrics = {"train": result.metrics}
     metrics["counts"] = {"train": dict(train_counts), "eval": dict(eval_counts)}
     metrics["data"] = statistics
     metrics["speed"] = summary(trainer.state.log_history, args.device)
@@ -252,6 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     if eval_pairs:
         metrics["before"] = next((log for log in trainer.state.log_history if "eval_loss" in log), None)
         metrics["after"] = trainer.evaluate()
+        logger.info("held out, after training: %s", figures_in_words(metrics["after"]))
         held_out_pairs = trainer.held_out_pairs
         metrics["calibration"] = calibration(**held_out_pairs)
     if trainer.is_world_process_zero():
@@ -281,6 +279,11 @@ def set_up(model_args: ModelArguments, args: DistilConfig) -> None:
     )
     for noisy in ("httpx", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # It warns where a checkpoint's --save_steps and its like are others, or the same given as a share of all steps;
+    # those of this run are obeyed (interruption.py).
+    logging.getLogger("transformers.trainer_utils").addFilter(
+        lambda record: "trainer_state.json" not in record.getMessage()
+    )
     set_seed(args.seed)
     no_plans_by_shape()
     if args.deepspeed:
@@ -334,6 +337,12 @@ def describe(pairs: list[PairFeatures], counts: Counter) -> str:
     lengths = torch.tensor(longest, dtype=torch.float)
     kept = ", ".join(f"{number} {name}" for name, number in counts.items() if number or name in ("pairs", "truncated"))
     return f"{kept}; tokens in a pair's longest row: mean {lengths.mean():.0f}, max {int(lengths.max())}"
+
+
+def figures_in_words(metrics: dict[str, float]) -> str:
+    """An evaluation's metrics in one line, without its speed."""
+    names = [name for name in metrics if name.startswith("eval_") and not name.endswith(("runtime", "_per_second"))]
+    return ", ".join(f"{name.removeprefix('eval_')} {metrics[name]:.4g}" for name in names)
 
 
 def find_checkpoint(args: DistilConfig) -> str | None:

@@ -132,6 +132,7 @@ class Speed(TrainerCallback):
         self.since: float | None = None
         self.latest = 0.0  # when the latest step, log, evaluation or save ended
         self.first: float | None = None  # seconds of the run's first step, until they are logged
+        self.resumed_at = 0  # step of the checkpoint that the run goes on from
         self._begin()
 
     def _begin(self) -> None:
@@ -171,6 +172,7 @@ class Speed(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_) -> None:
         self.latest = time.perf_counter()
+        self.resumed_at = state.global_step
 
     def on_evaluate(self, args, state, control, **_) -> None:
         self.take()
@@ -191,25 +193,26 @@ def summary(history: Sequence[Mapping], device: torch.device) -> dict[str, float
 
 
 def whole_run(metrics: Mapping[str, float], history: Sequence[Mapping], steps: int, resumed_at: int) -> dict:
-    """metrics, which `Trainer.train` returned, put right for a run of so many steps that went on from `resumed_at`.
+    """metrics, which the Trainer gives at the end of a run of so many steps, for one that went on from `resumed_at`.
 
-    The Trainer divides what this process alone has summed up, or timed, by what the whole run has. Here the loss is
-    the mean over all logged steps; speeds are those of the steps taken here, and missing where there were none.
+    Its loss is the mean over the steps taken here; in its place comes that over all logged steps of the run. Speeds
+    stay those of the steps taken here, and are left out where there were none.
     """
     if not resumed_at:
         return dict(metrics)
-    figures = {name: value for name, value in metrics.items() if not name.startswith("train_")}
-    logs = [log for log in history if "loss" in log]
-    taken = [log["step"] - before for log, before in zip(logs, [0, *(log["step"] for log in logs)], strict=False)]
-    if logs:
-        total = sum(log["loss"] * number for log, number in zip(logs, taken, strict=True))
-        figures["train_loss"] = total / logs[-1]["step"]
-    figures["resumed_at_step"] = resumed_at
-    here = steps - resumed_at
-    if here > 0:
-        figures["train_runtime"] = metrics["train_runtime"]
-        figures["train_steps_per_second"] = here / metrics["train_runtime"]
-    return figures
+    speeds = () if steps > resumed_at else ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+    figures = {name: value for name, value in metrics.items() if name not in ("train_loss", *speeds)}
+    total, logged, latest = 0.0, 0, 0
+    for log in history:
+        if "loss" in log:
+            # The checkpoint's own steps after its latest log are in none.
+            begin = resumed_at if latest < resumed_at < log["step"] else latest
+            total += log["loss"] * (log["step"] - begin)
+            logged += log["step"] - begin
+            latest = log["step"]
+    if logged:
+        figures["train_loss"] = total / logged
+    return figures | {"resumed_at_step": resumed_at}
 
 
 def pair_cost(feature: Mapping, student: ModelCost, teacher: ModelCost | None) -> tuple[int, float, float]:

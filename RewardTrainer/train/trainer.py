@@ -48,7 +48,7 @@ from RewardTrainer.train.generative import compact_shared
 from RewardTrainer.train.interruption import COMPLETE_FILE, RUN_FILE, SaveOnSigterm
 from RewardTrainer.train.lora import has_adapters, save_adapters
 from RewardTrainer.train.losses import center_loss, check_weights, loss_spec, reward_loss
-from RewardTrainer.train.speed import Speed, peak_flops
+from RewardTrainer.train.speed import Speed, peak_flops, whole_run
 from RewardTrainer.train.student import LiveTeacher
 from RewardTrainer.train.token_budget import TokenBudget
 from RewardTrainer.train.zero_step import LightZeroStep
@@ -296,7 +296,7 @@ class DistilTrainer(Trainer):
             self._sums[name] = self._sums.get(name, 0) + values.detach().sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds each term's mean over the pairs, of all ranks, since the last log."""
+        """Adds each term's mean over the pairs, of all ranks, since the last log; at the end, `speed.whole_run`."""
         if "loss" in logs and self._sums:
             names = list(self._sums)
             total = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").tolist()
@@ -304,6 +304,10 @@ class DistilTrainer(Trainer):
             pairs = sums.pop("pairs")
             logs |= {name: value / pairs for name, value in sums.items()} | self.speed_since_last_log()
             self._sums = {}
+        if "train_loss" in logs:
+            figures = whole_run(logs, self.state.log_history, self.state.global_step, self.speed.resumed_at)
+            logs.clear()  # in place: `train` returns it
+            logs.update(figures)
         super().log(logs, start_time)
 
     def speed_since_last_log(self) -> dict[str, float]:

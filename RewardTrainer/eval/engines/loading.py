@@ -113,12 +113,15 @@ def _check_directory(name: str) -> None:
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            adapter = (path / "adapter_config.json").is_file()
-            remedy = (
-                "merge the LoRA adapter into its base first"
-                if adapter
-                else "give the directory the model was saved to"
-            )
+            remedy = "give the directory the model was saved to"
+            if (path / "adapter_config.json").is_file():
+                remedy = "merge the LoRA adapter into its base first"
+            elif any(path.glob("checkpoint-*")):
+                remedy = "its training has not ended, and goes on with --resume_from_checkpoint last"
+                saved = [*path.glob("checkpoint-*/config.json")]
+                if saved:
+                    newest = max(saved, key=lambda file: file.stat().st_mtime_ns).parent
+                    remedy += f". The newest model in it: --model {newest}"
             raise InputError(f"{name}: the directory holds no config.json; {remedy}.")
         return
     above, missing = Path("..") / name, f"{name}: no such directory (current directory: {Path.cwd()})"
