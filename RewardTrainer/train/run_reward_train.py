@@ -59,6 +59,9 @@ logger = logging.getLogger("RewardTrainer")
 STATISTICS_PAIRS = 256  # whose rewards' mean and deviation go to config.json: held-out ones, else trained ones
 STUDENT_REMEDY = "Less is needed with --dtype bfloat16, --use_peft --load_in_4bit, or ZERO=3 on several GPUs."
 TEACHER_REMEDY = "Less is needed with --teacher_dtype bfloat16, and none with --teacher_logprobs."
+# Of warnings that call for nothing: --save_steps and its like may change, or be a share of all steps, on the way
+# (`interruption.py`); checkpoints that were written within a second are ordered by their numbers.
+NOTHING_TO_DO = ("do not match the ones in the `trainer_state.json`", "mtime may not be reliable")
 REPORTS = ("metrics.json", "README.md", "curves.png", "calibration.png", HELD_OUT_FILE)
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "RewardTrainer" / "configs" / "train"
@@ -279,10 +282,8 @@ def set_up(model_args: ModelArguments, args: DistilConfig) -> None:
     )
     for noisy in ("httpx", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    # It warns where a checkpoint's --save_steps and its like are others, or the same given as a share of all steps;
-    # those of this run are obeyed (interruption.py).
     logging.getLogger("transformers.trainer_utils").addFilter(
-        lambda record: "trainer_state.json" not in record.getMessage()
+        lambda record: not any(words in str(record.msg) for words in NOTHING_TO_DO)
     )
     set_seed(args.seed)
     no_plans_by_shape()
