@@ -375,7 +375,7 @@ def test_flag_that_would_be_ignored_is_refused(flags, tmp_path):
         run_reward_train.main([*flags, "--output_dir", str(tmp_path)])
 
 
-def test_figures_of_a_run_that_was_gone_on_from_are_those_of_the_whole_run(world, tmp_path, caplog, capfd):
+def test_figures_of_a_run_that_was_gone_on_from_are_those_of_the_whole_run(world, tmp_path, caplog):
     output = tmp_path / "out"
     caplog.set_level(logging.INFO)
     given = [*flags(world, output, batch_size=2), "--logging_steps", "2", "--save_steps", "0.35"]
@@ -388,7 +388,7 @@ def test_figures_of_a_run_that_was_gone_on_from_are_those_of_the_whole_run(world
     whole = figures()
     assert "resumed_at_step" not in whole
     run_reward_train.main([*given, "--resume_from_checkpoint", str(output / "checkpoint-10"), "--save_steps", "13"])
-    assert "going on from step 10 of 14" in caplog.text and "do not match" not in capfd.readouterr().err
+    assert "going on from step 10 of 14" in caplog.text and "do not match" not in caplog.text
     assert (output / "checkpoint-13").is_dir()  # as this command says, not as the first one did
     resumed = figures()
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
