@@ -105,6 +105,8 @@ class Rows:
     strict: bool = False
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     check: Callable[[dict], Unfit | None] | None = None
+    renames: bool = True
+    """Whether the command has --columns."""
 
     def __iter__(self) -> Iterator[dict | BadRow]:
         unseen = dict(self.columns)
@@ -194,7 +196,7 @@ class Rows:
             remedy = "give it a value, or leave the row out"
         else:
             own = [self.columns.get(field, field) for field in row]  # as the file has them
-            rename = "rename one of them (--columns, where the command has it)"
+            rename = "rename one of them" + (" (--columns)" if self.renames else "")
             remedy = f"the row has {_listed(own)}: {rename}, or leave the row out"
         return Unfit(f"field `{name}`{column} is {'null' if name in row else 'missing'}", remedy)
 
@@ -214,7 +216,8 @@ def read_rows(
     or of `save_to_disk`, or of a hub dataset (`owner/name`, `owner/name:split`, `owner/name:config:split`; split
     "train" by default).
 
-    `columns` maps our field names to the source's: `{"prompt": "instruction"}`. `required` maps each field that must
+    `columns` maps our field names to the source's: `{"prompt": "instruction"}`; None says that the user has no way to
+    rename them. `required` maps each field that must
     be there to the command that makes it (or ""); `optional` names those that are checked where present; `ranges` has
     the lowest and the highest value of a number; `check` says what else is wrong with a row whose fields are right.
     `limit` takes the first rows. A row without an id gets `row_id`; an id must be a non-empty string or an int, which
@@ -224,7 +227,8 @@ def read_rows(
     `strict`.
     """
     required, ranges = dict(required or {}), dict(ranges or {})
-    return Rows(str(source), dict(columns or {}), limit, required, tuple(optional), strict, ranges, check)
+    renames = columns is not None
+    return Rows(str(source), dict(columns or {}), limit, required, tuple(optional), strict, ranges, check, renames)
 
 
 def survey(source: str | Path) -> tuple[int, str]:

@@ -54,6 +54,12 @@ def test_an_empty_response_of_a_public_benchmark_stays_because_upstreams_numbers
     assert load_benchmark("rewardbench", tmp_path).items[0].responses == ("yes", "")
 
 
+def test_a_file_of_other_fields_is_refused_without_a_flag_that_evaluation_does_not_have(tmp_path):
+    write_lines(tmp_path / "pairs.jsonl", [{"prompt": "q", "chosen": "yes", "worse": "no"}])
+    with pytest.raises(InputError, match="field `rejected` is missing; .* rename one of them, or leave the row out"):
+        load_benchmark(str(tmp_path / "pairs.jsonl"), None)
+
+
 def test_a_file_that_is_no_json_is_named(tmp_path):
     path = write_json(tmp_path / "evalbiasbench" / "biasbench.json", {})
     path.write_text("{broken")

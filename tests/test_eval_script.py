@@ -99,6 +99,7 @@ def test_the_script_scores_benchmark_and_preference_file_and_writes_what_it_prom
         (["--benchmarks", f"{example.EMBEDDED},{os.path.relpath(example.EMBEDDED)}"], "different names"),
         (["--data_dir", "../nowhere"], "no such directory"),
         (["--dtype", "int4"], "--dtype int4"),
+        (["--tokens_per_batch", "0"], "--tokens_per_batch 0: must be at least 1"),
         (["--attn_implementation", "egaer"], "--attn_implementation egaer: not one of eager, "),
         (["--model", "owner/none"], "error: owner/none is no directory here"),
         (["--max_length", "100000"], "takes 1 to 512 tokens"),
@@ -108,8 +109,7 @@ def test_a_wrong_request_ends_with_one_clear_line_and_writes_nothing(house, tmp_
     arguments = {"model": str(house / "reward_model"), "data_dir": str(house / "benchmarks")}
     arguments |= {"benchmarks": "example", "output_dir": str(tmp_path / "out")}
     given = dict(zip((flag.removeprefix("--") for flag in flags[::2]), flags[1::2], strict=True))
-    if "max_length" in given:
-        given["max_length"] = int(given["max_length"])
+    given |= {name: int(given[name]) for name in ("max_length", "tokens_per_batch") if name in given}
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError) as refusal:
         run(EvalArguments(**{**arguments, **given}))

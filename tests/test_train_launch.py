@@ -324,6 +324,12 @@ def test_command_line_overrides_the_recipe_and_unknown_keys_are_refused(tmp_path
     recipe.write_text("model_name_or_path: a\ntrain_file: b\nlearning_rate: 1e-4\nloss_type: bt\n")
     model_args, _, args = parse(recipe, ["--learning_rate", "2e-4", "--output_dir", str(tmp_path)])
     assert (model_args.model_name_or_path, args.learning_rate, args.loss_type) == ("a", 2e-4, "bt")
+    for line, said in (("overlong: dropp", "invalid choice: 'dropp'"), ("max_steps: ten", "invalid int value: 'ten'")):
+        recipe.write_text(f"model_name_or_path: a\ntrain_file: b\n{line}\n")
+        with pytest.raises(
+            run_reward_train.InputError, match=f"recipe.yaml: argument --{line.partition(':')[0]}: {said}"
+        ):
+            parse(recipe, ["--output_dir", str(tmp_path)])
     recipe.write_text("model_name_or_path: a\ntrain_file: b\nlearnig_rate: 1e-4\n")
     with pytest.raises(run_reward_train.InputError, match="recipe.yaml: unknown .* --learnig_rate, .*--learning_rate"):
         parse(recipe, ["--output_dir", str(tmp_path)])
@@ -336,15 +342,18 @@ def test_command_line_overrides_the_recipe_and_unknown_keys_are_refused(tmp_path
         (["--learnig_rate=1e-4"], "unknown argument --learnig_rate, did you mean --learning_rate?"),
         (["--config", "nothing.yaml"], "--config nothing.yaml: no such file"),
         (["--attn_implementation", "egaer"], "--attn_implementation egaer: not one of eager, "),
+        (["--layout", "packed"], "argument --layout: invalid choice: 'packed' (choose from "),
+        (["--max_steps", "ten"], "argument --max_steps: invalid int value: 'ten' (--help shows all flags)"),
+        (["--chunk_size", "0"], "--chunk_size 0: must be at least 1"),
         (["--eval_strategy", "steps", "--eval_steps", "0", "--logging_steps", "0"], "non-zero"),
     ],
 )
 def test_command_line_that_cannot_be_used_ends_in_one_line(given, message, tmp_path):
     command = [sys.executable, "-m", "RewardTrainer.train.run_reward_train", "--output_dir", tmp_path, *given]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if "rror" in line]
-    assert len(errors) == 1 and message in errors[0] and "Traceback" not in done.stderr
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in done.stderr and "usage" not in done.stderr
 
 
 def test_weight_that_the_loss_ignores_is_refused_before_anything_is_read(tmp_path):

@@ -4,11 +4,15 @@ Stand-ins on PATH: a launcher that prints its arguments, and a `python` that cou
 """
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+from RewardTrainer.train.arguments import NO_PLACE, DistilConfig
 
 SCRIPT = Path(__file__).parents[1] / "RewardTrainer/scripts/train_distilrm.sh"
 
@@ -67,6 +71,22 @@ def test_what_the_command_line_or_the_recipe_says_comes_before_the_defaults(laun
     for given in (["--config", str(recipe)], [f"--config={recipe}"]):
         assert launch(*given)[1] == given  # the recipe's own DeepSpeed file
     assert launch("--deepspeed=other.json")[1] == ["--config", "configs/train/example.yaml", "--deepspeed=other.json"]
+
+
+def test_an_unknown_zero_stage_is_refused_with_those_there_are(launch):
+    with pytest.raises(RuntimeError, match="ZERO=5: not one of 1, 2, 3, 2_offload, 3_offload"):
+        launch(ZERO="5")
+
+
+def test_help_has_the_variables_first_then_our_own_flags_and_defaults_of_no_recipe():
+    done = subprocess.run(["bash", str(SCRIPT), "--help"], capture_output=True, text=True, check=True)
+    places = [done.stdout.index(words) for words in ("NUM_PROCESSES ", "--model_name_or_path", "--loss_type {bt,")]
+    assert places == sorted(places) and places[-1] < done.stdout.index(
+        "--learning_rate: Peak learning rate. (default: 1e-05)"
+    )
+    assert "Margins are divided by it. (default: 1.0)" in done.stdout and len(done.stdout.splitlines()) < 200
+    named = set(re.findall(r"[a-z0-9_]{2,}", done.stdout))
+    assert {each.name for each in fields(DistilConfig) if each.init} - NO_PLACE.keys() <= named
 
 
 def test_several_nodes_are_those_of_the_hostfile(launch, tmp_path, monkeypatch):

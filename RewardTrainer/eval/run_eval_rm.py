@@ -81,8 +81,8 @@ class EvalArguments:
     tokens_per_batch: int | None = field(
         default=None,
         metadata={
-            "help": "Rows x longest row of one batch; default: 16384 on a GPU, 2048 on a CPU. Changes speed and "
-            "memory, not scores."
+            "help": "hf: most tokens of one batch, padding included (a longer conversation is a batch of its own); "
+            "default: 16384 on a GPU, 2048 on a CPU. Changes speed and memory, not scores."
         },
     )
     dtype: str = field(

@@ -6,6 +6,7 @@
 #   ZERO=3 bash scripts/train_distilrm.sh --learning_rate 1e-4                # every argument goes to run_reward_train.py
 #   bash scripts/train_distilrm.sh --resume_from_checkpoint last
 #   HOSTFILE=hosts.txt bash scripts/train_distilrm.sh --config ...            # several nodes, DeepSpeed's hostfile format
+#   bash scripts/train_distilrm.sh --help                                     # this, and the flags
 #
 # NUM_PROCESSES  processes on this machine; default: the number of GPUs, or 1. With a hostfile: on each node, default its slots
 # ZERO           2 (default), 1, 3, 2_offload, 3_offload: which of configs/deepspeed/; a single process takes single.json.
@@ -55,6 +56,11 @@ if ((gpus == 0)) && [[ -n "${TORCH_EXTENSIONS_DIR:-}" && ! -f "$TORCH_EXTENSIONS
   echo "DeepSpeed compiles its extension for CPUs: once, about half a minute" >&2
 fi
 
+if [[ -n "${ZERO:-}" && ! -f "configs/deepspeed/zero$ZERO.json" ]]; then
+  echo "error: ZERO=$ZERO: not one of 1, 2, 3, 2_offload, 3_offload" >&2
+  exit 2
+fi
+
 launch=()
 hosts=()
 if [[ -n "${HOSTFILE:-}" ]]; then
@@ -99,6 +105,7 @@ for i in "${!arguments[@]}"; do
     --config) config="${arguments[i + 1]:-}" defaults=() ;;
     --config=*) config="${arguments[i]#*=}" defaults=() ;;
     --deepspeed | --deepspeed=*) zero_config=() ;;
+    -h | --help) exec python -m RewardTrainer.train.run_reward_train --help ;; # once, not on every rank
   esac
 done
 if [[ -f "$config" ]] && grep -q '^deepspeed:' "$config"; then

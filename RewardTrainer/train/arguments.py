@@ -2,16 +2,21 @@
 
 import difflib
 import os
+import re
 import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from itertools import takewhile
 from pathlib import Path
-from typing import Literal
+from textwrap import wrap
+from typing import Literal, NoReturn
 
 import torch
 import yaml
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
+from transformers.utils import is_liger_kernel_available
 from trl import TrlParser
 
 from distiller.records import InputError
@@ -232,6 +237,13 @@ class DistilConfig(TrainingArguments):
         metadata={"help": "Would wait for the device, for nothing: a loss that is not finite ends the run."},
     )
     report_to: str = field(default="none", metadata={"help": "none, tensorboard, wandb, ..."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "last: go on from the newest complete checkpoint in --output_dir; or a checkpoint's path."},
+    )
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Upload the output directory once, at the end, without checkpoints."}
+    )
     hub_strategy: str = field(
         default="end", metadata={"help": "Must stay end: --push_to_hub uploads finished models."}
     )
@@ -255,10 +267,14 @@ class DistilConfig(TrainingArguments):
                 f"--center_rewards_coefficient {center:g}: --loss_type steerlm learns the scores themselves, which "
                 "are not around 0; leave it out"
             )
-        if self.kl_temperature <= 0 or (self.chunk_size is not None and self.chunk_size < 1):
-            raise InputError("--kl_temperature must be above 0 and --chunk_size at least 1")
-        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
-            raise InputError(f"--max_tokens_per_batch {self.max_tokens_per_batch}: must be at least 1")
+        if self.kl_temperature <= 0:
+            raise InputError(f"--kl_temperature {self.kl_temperature:g}: must be above 0")
+        for name in ("chunk_size", "max_tokens_per_batch"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.use_liger_kernel and (self.use_cpu or not is_liger_kernel_available()):
+            reason = "liger-kernel needs a GPU" if self.use_cpu else "liger-kernel is not installed"
+            raise InputError(f"--use_liger_kernel: {reason}; train without it")
         for name, (harmless, reason) in NO_PLACE.items():
             if getattr(self, name) not in harmless:
                 raise InputError(f"--{name} {getattr(self, name)}: {reason}; leave it out")
@@ -271,15 +287,79 @@ class DistilConfig(TrainingArguments):
             )
 
 
+class _Parser(TrlParser):
+    """Its errors are one line, and text in a recipe is checked as it is on the command line."""
+
+    recipe = ""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{_one_spelling(message)} (--help shows all flags)")
+
+    def set_defaults_with_config(self, **values) -> list[str]:
+        for action in self._actions:
+            if isinstance(values.get(action.dest), str):
+                try:
+                    self._check_value(action, self._get_value(action, values[action.dest]))
+                except ArgumentError as fault:
+                    raise InputError(f"{self.recipe}: {_one_spelling(str(fault))}") from fault
+        return super().set_defaults_with_config(**values)
+
+
+def _one_spelling(message: str) -> str:
+    """Of `--max_steps/--max-steps` the first."""
+    return re.sub(r"(--\w+)/--[\w-]+", r"\1", message)
+
+
+# Of transformers' flags those that --help explains; of the others it lists the names.
+OFTEN_USED = (
+    *("output_dir", "resume_from_checkpoint", "seed", "max_steps", "num_train_epochs", "per_device_train_batch_size"),
+    *("per_device_eval_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "bf16", "learning_rate"),
+    *("lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "logging_steps", "report_to"),
+    *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit", "save_only_model"),
+    *("load_best_model_at_end", "metric_for_best_model", "deepspeed", "fsdp", "fsdp_config", "use_liger_kernel"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo"),
+)
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train_distilrm.sh"
+
+
+def help_text() -> str:
+    """What the script says of itself and its environment variables, then our own flags, then transformers'."""
+    script = SCRIPT.read_text(encoding="utf-8").splitlines()[1:]
+    lines = [line.removeprefix("#").removeprefix(" ") for line in takewhile(lambda line: line.startswith("#"), script)]
+    parts = (ModelArguments, DataArguments, DistilConfig)
+    flags = {action.dest: action for action in reversed(_Parser(parts)._actions)}  # of x and no_x the first
+    theirs = {each.name for each in fields(TrainingArguments)}
+    groups = {
+        "Student and teacher": [each.name for each in fields(ModelArguments)],
+        "Rows": [each.name for each in fields(DataArguments)],
+        "Loss, speed, export": [each.name for each in fields(DistilConfig) if each.name not in theirs],
+        "Of transformers.TrainingArguments": OFTEN_USED,
+    }
+    lines += ["", "--config FILE: YAML with values for these flags, which the command line overrides."]
+    lines += ["Defaults hold where neither says anything."]
+    for title, names in groups.items():
+        lines += ["", f"{title}:"]
+        for flag in (flags[name] for name in names):
+            choices = f" {{{','.join(map(str, flag.choices))}}}" if len(flag.choices or ()) in range(1, 10) else ""
+            default = "needed" if flag.required else f"default: {flag.default}"
+            text = f"--{flag.dest}{choices}: {flag.help} ({default})".replace("%%", "%")
+            lines += wrap(text, 118, initial_indent="  ", subsequent_indent=" " * 6, break_on_hyphens=False)
+    others = theirs & flags.keys() - {*OFTEN_USED} - NO_PLACE.keys()
+    return "\n".join([*lines, "", "And, as transformers documents them:", *wrap(", ".join(sorted(others)), 118)])
+
+
 def parse(
     default_config: Path, arguments: Sequence[str] | None = None
 ) -> tuple[ModelArguments, DataArguments, DistilConfig]:
     """`--config recipe.yaml` with command-line override; without --config, `default_config`.
 
-    Raises InputError for a recipe that cannot be read, an unknown key or flag, and values that do not go together; a
-    value of the wrong type ends the program as argparse does.
+    Raises InputError for a recipe that cannot be read, an unknown key or flag, a value of the wrong type, and values
+    that do not go together. `--help` prints the flags and ends the program.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(arguments):
+        print(help_text())
+        sys.exit()
     # `--config=x` and `--config x` alike; TrlParser knows the second.
     arguments = [
         part for text in arguments for part in (text.split("=", 1) if text.startswith("--config=") else (text,))
@@ -289,7 +369,8 @@ def parse(
     config = arguments[arguments.index("--config") + 1 :][:1]
     if not config or not Path(config[0]).is_file():
         raise InputError(f"--config {' '.join(config)}: no such file (current directory: {Path.cwd()})")
-    parser = TrlParser((ModelArguments, DataArguments, DistilConfig), allow_abbrev=False)
+    parser = _Parser((ModelArguments, DataArguments, DistilConfig), allow_abbrev=False)
+    parser.recipe = config[0]
     try:
         *parsed, of_recipe, given = parser.parse_args_and_config(
             arguments, return_remaining_strings=True, separate_remaining_strings=True

@@ -35,7 +35,7 @@ from RewardTrainer.eval.engines.loading import from_pretrained
 from RewardTrainer.fused_layers import use_fused_layers
 from RewardTrainer.memory import memory_for, memory_of, weights_gib
 from RewardTrainer.packing import no_plans_by_shape
-from RewardTrainer.train.arguments import DTYPES, DistilConfig, ModelArguments, parse
+from RewardTrainer.train.arguments import DTYPES, DataArguments, DistilConfig, ModelArguments, parse
 from RewardTrainer.train.batches import Layout, PairCollator
 from RewardTrainer.train.cached_teacher import make_command, open_cache
 from RewardTrainer.train.cached_teacher import teacher_tokenizer as load_teacher_tokenizer
@@ -68,11 +68,13 @@ CONFIGS = REPOSITORY / "RewardTrainer" / "configs" / "train"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train as the arguments say (sys.argv's by default).
+    """Train as the arguments say (sys.argv's by default). Raises as `train` does, and InputError as `parse` does."""
+    train(*parse(CONFIGS / "example.yaml", arguments))
 
-    Raises InputError, and Interrupted for a run that was told to stop and has saved its checkpoint.
-    """
-    model_args, data_args, args = parse(CONFIGS / "example.yaml", arguments)
+
+def train(model_args: ModelArguments, data_args: DataArguments, args: DistilConfig) -> None:
+    """The whole command. Raises InputError, and Interrupted for a run that was told to stop and has saved its
+    checkpoint."""
     sources = [source.strip() for source in data_args.train_file.split(",")]
     for source in [*sources, *([data_args.eval_file] if data_args.eval_file else [])]:
         check_file(source)
@@ -406,27 +408,27 @@ def check_launch(trainer: DistilTrainer) -> None:
 
 def program() -> NoReturn:
     """`main` and the end of the process, with exit code 0, 1 (a fault that the user can mend; others keep their
-    traceback) or 143 (told to stop).
+    traceback), 2 (arguments that are wrong by themselves) or 143 (told to stop).
 
     Not by way of the interpreter's own end: a thread that torch or DeepSpeed left running aborts the rank there now
     and then ("terminate called without an active exception"), and the launcher takes a finished run for a failed one.
     """
-    code = 0
+    code = 2
     try:
-        main()
+        arguments = parse(CONFIGS / "example.yaml")
+        code = 1
+        train(*arguments)
+        code = 0
     except (InputError, FloatingPointError) as fault:
         print(f"error: {fault}", file=sys.stderr)
-        code = 1
     except torch.OutOfMemoryError as fault:
         said = str(fault).partition(". ")[0]
         remedy = "--gradient_checkpointing true, a smaller --max_tokens_per_batch, --teacher_logprobs, or --use_peft"
         print(f"error: out of memory: {said}. Less is needed with {remedy}.", file=sys.stderr)
-        code = 1
     except Interrupted:
         code = EXIT_CODE
     except Exception:
         traceback.print_exc()
-        code = 1
     atexit._run_exitfuncs()  # trackers upload their last lines there
     sys.stdout.flush()
     sys.stderr.flush()

@@ -287,6 +287,8 @@ def load_scorer(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(dtype, on_gpu=device.type == "cuda")
     check_attention(attn_implementation)
+    if tokens_per_batch is not None and tokens_per_batch < 1:
+        raise InputError(f"--tokens_per_batch {tokens_per_batch}: must be at least 1")
     config, tokenizer = load_config(name, trust_remote_code)
     model = load_model(name, config, dtype, attn_implementation, trust_remote_code)
     with memory_for(f"{name}, {weights_gib(model):.1f} GiB", "Take --dtype bfloat16 or --engine vllm.", device):
