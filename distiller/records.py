@@ -217,14 +217,13 @@ def read_rows(
     "train" by default).
 
     `columns` maps our field names to the source's: `{"prompt": "instruction"}`; None says that the user has no way to
-    rename them. `required` maps each field that must
-    be there to the command that makes it (or ""); `optional` names those that are checked where present; `ranges` has
-    the lowest and the highest value of a number; `check` says what else is wrong with a row whose fields are right.
-    `limit` takes the first rows. A row without an id gets `row_id`; an id must be a non-empty string or an int, which
-    is kept as its string. Of two rows with one id the first keeps it, the later one is bad. Blank lines are skipped,
-    CRLF and a byte-order mark accepted; a JSON array is read whole, JSONL line by line. Raises InputError (on
-    iteration) for a missing, empty or wholly unfit file, for a column that no row has, and for any bad row if
-    `strict`.
+    rename them. `required` maps each field that must be there to the command that makes it (or ""); `optional` names
+    those that are checked where present; `ranges` has the lowest and the highest value of a number; `check` says what
+    else is wrong with a row whose fields are right. `limit` takes the first rows. A row without an id gets `row_id`;
+    an id must be a non-empty string or an int, which is kept as its string. Of two rows with one id the first keeps
+    it, the later one is bad. Blank lines are skipped, CRLF and a byte-order mark accepted; a JSON array is read whole,
+    JSONL line by line. Raises InputError (on iteration) for a missing, empty or wholly unfit file, for a column that
+    no row has, and for any bad row if `strict`.
     """
     required, ranges = dict(required or {}), dict(ranges or {})
     renames = columns is not None
