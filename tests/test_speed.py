@@ -138,7 +138,7 @@ def test_the_log_has_the_speed_of_the_steps_between_two_logs_and_no_mfu_where_no
         tokens, student, teacher = (sum(part) for part in zip(*total, strict=True))
         seconds = 2 * logs[1]["step_seconds"]  # of two steps, each over all rows
         assert seconds >= 1
-        assert 1 <= logs[1]["slowest_step_seconds"] < seconds
+        assert logs[1]["step_seconds"] <= logs[1]["slowest_step_seconds"] < seconds
         assert logs[1]["tokens_per_second"] == pytest.approx(2 * tokens / seconds)
         if known:
             assert logs[1]["mfu"] == pytest.approx(2 * student / seconds / 1e9)
@@ -146,6 +146,20 @@ def test_the_log_has_the_speed_of_the_steps_between_two_logs_and_no_mfu_where_no
         else:
             assert not any("mfu" in name for log in logs for name in log)
         assert json.dumps(logs)
+
+
+@pytest.mark.parametrize("every", [10, 2])
+def test_a_short_run_has_its_speed_too_and_its_figures_are_those_of_one_log(models, tmp_path, every):
+    more = {"max_steps": 5, "logging_steps": every, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(models["student"], tmp_path, pair_rows(20), loss_type="bt", **more)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "step_seconds" in log]
+    assert len(logs) == (1 if every == 10 else 3)
+    assert all(0 < log["step_seconds"] <= log["slowest_step_seconds"] for log in logs)
+    figures = speed.summary(trainer.state.log_history, trainer.args.device)
+    assert figures.pop("first_step_seconds") > 0
+    assert figures["step_seconds"] == sorted(log["step_seconds"] for log in logs)[len(logs) // 2]
+    assert any(figures.items() <= log.items() for log in logs)
 
 
 def test_the_first_step_is_in_no_log_however_many_batches_it_has(models, tmp_path):

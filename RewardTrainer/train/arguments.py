@@ -201,8 +201,8 @@ class DistilConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Cut what --per_device_train_batch_size hands out into forwards of at most so many student "
-            "tokens, padding included. The step's pairs and their mean do not change. None: what the GPU's memory "
-            "allows, measured in the first steps; no bound on a CPU."
+            "tokens, padding included (a longer pair is a forward of its own). The step's pairs and their mean do not "
+            "change. None: what the GPU's memory allows, measured in the first steps; no bound on a CPU."
         },
     )
     chunk_size: int | None = field(

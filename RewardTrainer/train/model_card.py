@@ -140,7 +140,7 @@ def _speed(speed: Mapping, args: DistilConfig) -> str:
         line += f", MFU {speed['mfu']:.1%}"
     if "mfu_with_teacher" in speed:
         line += f" ({speed['mfu_with_teacher']:.1%} with the teacher's work)"
-    return line + "; medians over the run's logs, but for its first step."
+    return line + " in the median of the run's logs, its first step apart."
 
 
 def _before_after(metrics: Mapping) -> str:

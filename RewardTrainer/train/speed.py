@@ -9,7 +9,6 @@ as many as a token goes through. Nothing that is computed again counts again (gr
 
 import math
 import re
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -122,25 +121,25 @@ def _numbers(parameter: nn.Parameter) -> int:
 class Speed(TrainerCallback):
     """Counts a run's steps, tokens and operations on this rank, and the time they took.
 
-    Time runs from the end of the first step, in which much is compiled. As a callback it leaves out evaluations and
-    saves, with the steps between the last log and them.
+    The first step, in which much is compiled, is told apart. Evaluations and saves take no step's time.
     """
 
     def __init__(self, student: RewardStudent, teacher: LiveTeacher | None):
         self.student = model_cost(student.backbone, student.language_head)
         self.teacher = None if teacher is None else model_cost(teacher.backbone, teacher.language_head)
-        self.since: float | None = None
-        self.latest = 0.0  # when the latest step, log, evaluation or save ended
+        self.began = False  # whether the run's first step is over
+        self.latest = 0.0  # when the latest step, evaluation or save ended
         self.first: float | None = None  # seconds of the run's first step, until they are logged
         self.resumed_at = 0  # step of the checkpoint that the run goes on from
         self._begin()
 
     def _begin(self) -> None:
-        self.steps, self.slowest, self.tokens, self.student_flops, self.teacher_flops = 0, 0.0, 0, 0.0, 0.0
+        self.steps, self.seconds, self.slowest = 0, 0.0, 0.0
+        self.tokens, self.student_flops, self.teacher_flops = 0, 0.0, 0.0
 
     def count(self, features: Sequence[Mapping]) -> None:
         """These pairs have been handed to the device."""
-        if self.since is None:
+        if not self.began:
             return
         for feature in features:
             tokens, student, teacher = pair_cost(feature, self.student, self.teacher)
@@ -148,48 +147,47 @@ class Speed(TrainerCallback):
             self.student_flops += student
             self.teacher_flops += teacher
 
-    def step_ended(self) -> None:
-        """The device has finished an optimizer step, or is at the same point near its end as in every step."""
-        now = time.perf_counter()
-        if self.since is None:
-            self.since, self.first = now, now - self.latest
-        else:
-            self.steps += 1
-            self.slowest = max(self.slowest, now - self.latest)
-        self.latest = now
-
     def take(self) -> tuple[float, int, float, int, float, float]:
         """Seconds, steps, seconds of the slowest of them, tokens, and operations of the student's forward and backward
         pass and of a live teacher's forward pass since the last time; counting begins anew."""
-        now = time.perf_counter()
-        seconds = 0.0 if self.since is None else now - self.since
-        taken = (seconds, self.steps, self.slowest, self.tokens, self.student_flops, self.teacher_flops)
+        taken = (self.seconds, self.steps, self.slowest, self.tokens, self.student_flops, self.teacher_flops)
         self._begin()
-        self.latest = now
-        if self.since is not None:
-            self.since = now
         return taken
 
     def on_train_begin(self, args, state, control, **_) -> None:
         self.latest = time.perf_counter()
         self.resumed_at = state.global_step
 
+    def on_step_end(self, args, state, control, **_) -> None:
+        now = time.perf_counter()  # a GPU is at the same point of its work in every step
+        seconds, self.latest = now - self.latest, now
+        if not self.began:
+            self.began, self.first = True, seconds
+            return
+        self.steps += 1
+        self.seconds += seconds
+        self.slowest = max(self.slowest, seconds)
+
     def on_evaluate(self, args, state, control, **_) -> None:
-        self.take()
+        self.latest = time.perf_counter()
 
     def on_save(self, args, state, control, **_) -> None:
-        self.take()
+        self.latest = time.perf_counter()
 
 
 def summary(history: Sequence[Mapping], device: torch.device) -> dict[str, float]:
-    """For `metrics.json`: medians over a run's logs of what `DistilTrainer.speed_since_last_log` gives, none of which
-    are there for a run of few steps, and the first rank's peak_memory_bytes on a GPU."""
-    names = ("first_step_seconds", "step_seconds", "tokens_per_second", "mfu", "mfu_with_teacher")
-    values = {name: [log[name] for log in history if name in log] for name in names}
-    medians = {name: statistics.median(of) for name, of in values.items() if of}
+    """For `metrics.json`: first_step_seconds; the other figures of `DistilTrainer.speed_since_last_log` from the log
+    whose step_seconds are the median, so that they fit each other; and the first rank's peak_memory_bytes on a GPU."""
+    firsts = [log["first_step_seconds"] for log in history if "first_step_seconds" in log]
+    figures = {"first_step_seconds": firsts[-1]} if firsts else {}
+    logs = sorted((log for log in history if "step_seconds" in log), key=lambda log: log["step_seconds"])
+    if logs:
+        names = ("step_seconds", "tokens_per_second", "mfu", "mfu_with_teacher")
+        median = logs[(len(logs) - 1) // 2]
+        figures |= {name: median[name] for name in names if name in median}
     if device.type == "cuda":
-        medians["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-    return medians
+        figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    return figures
 
 
 def whole_run(metrics: Mapping[str, float], history: Sequence[Mapping], steps: int, resumed_at: int) -> dict:

@@ -170,7 +170,6 @@ class DistilTrainer(Trainer):
         if sync:
             follow_masters(self.model)
             self.check_finite()
-            self.speed.step_ended()
         if sync and self.budget.end(largest) is not None:
             logger.info("step %d: forwards of at most %d tokens from here", self.state.global_step, self.budget.tokens)
         return total
@@ -296,7 +295,8 @@ class DistilTrainer(Trainer):
             self._sums[name] = self._sums.get(name, 0) + values.detach().sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds each term's mean over the pairs, of all ranks, since the last log; at the end, `speed.whole_run`."""
+        """Adds each term's mean over the pairs, of all ranks, since the last log. At the end the speed of steps that
+        are in no log, and the figures of `speed.whole_run`."""
         if "loss" in logs and self._sums:
             names = list(self._sums)
             total = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").tolist()
@@ -305,6 +305,9 @@ class DistilTrainer(Trainer):
             logs |= {name: value / pairs for name, value in sums.items()} | self.speed_since_last_log()
             self._sums = {}
         if "train_loss" in logs:
+            rest = self.speed_since_last_log()
+            if rest:
+                super().log(rest)
             figures = whole_run(logs, self.state.log_history, self.state.global_step, self.speed.resumed_at)
             logs.clear()  # in place: `train` returns it
             logs.update(figures)
@@ -313,7 +316,7 @@ class DistilTrainer(Trainer):
     def speed_since_last_log(self) -> dict[str, float]:
         """step_seconds (their mean), slowest_step_seconds, tokens_per_second of all ranks and, on a GPU whose peak is
         known, mfu of the student and, with a live teacher, mfu_with_teacher: all without the run's first step, whose
-        time is the compiler's. It stands in the first log, as first_step_seconds."""
+        time is the compiler's. It stands in the first log, as first_step_seconds. {} where no step is left to log."""
         speed = {}
         if self.speed.first is not None:
             speed["first_step_seconds"], self.speed.first = self.speed.first, None
