@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import re
@@ -204,7 +205,7 @@ BAD_PAIRS = [
         "half",
         "field `prompt` has a lone surrogate",
     ),
-    ('{"id": "nan", "prompt": "p", "chosen": "c", "rejected": "r", "margin": NaN}', "nan", "field `margin` is NaN"),
+    ('{"id": "nan", "prompt": "p", "chosen": "c", "rejected": NaN}', "nan", "field `rejected` is NaN"),
     ({"id": ["list"], **PAIR}, None, "field `id` must be"),
     (
         {"id": "long prompt", **PAIR, "prompt": LONG},
@@ -222,6 +223,7 @@ BAD_REFINED = [
     ('{"id": "torn", "prompt": ', None, "not valid JSON"),
     ({"id": "unrefined", **PAIR, "teacher_response": "t"}, "unrefined", "field `diagnosis` is missing"),
     ({"id": "no edit", **PAIR, **SCORED, "refined_response": " "}, "no edit", "field `refined_response` is empty"),
+    ({"id": "said nothing", **PAIR, **SCORED, "rejected_score": math.nan}, "said nothing", "`rejected_score` is NaN"),
     ({"id": "said eleven", **PAIR, **SCORED, "rejected_score": 11}, "said eleven", "`rejected_score` is outside"),
     (
         {"id": "in words", **PAIR, **SCORED, "rejected_score": "four"},

@@ -186,7 +186,7 @@ def test_ctrl_c_ends_every_process_with_its_own_exit_code(world, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "code", "left"),
-    [("--help", 0, ["new", "under_way"]), ("--no_such_flag", 1, ["under_way"])],  # a run that failed may leave its own
+    [("--help", 0, ["new", "under_way"]), ("--no_such_flag", 2, ["under_way"])],  # a run that failed may leave its own
 )
 def test_lock_of_a_build_that_was_killed_is_taken_away_and_a_live_one_stays(flag, code, left, tmp_path):
     built = tmp_path / "bui[l]t"

@@ -3,9 +3,11 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from test_launchers import free_port
 
 DRIVER = Path(__file__).parent / "zero_step_driver.py"
 
@@ -13,7 +15,10 @@ DRIVER = Path(__file__).parent / "zero_step_driver.py"
 @pytest.mark.parametrize(("ranks", "configurations"), [(2, "zero1,zero2"), (1, "single,zero2")])
 def test_clipped_and_unclipped_steps_end_where_deepspeeds_own_do(ranks, configurations):
     done = subprocess.run(
-        ["deepspeed", "--num_accelerators", str(ranks), "--no_local_rank", str(DRIVER), configurations],
+        [
+            *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)),
+            *("--master_port", str(free_port()), "--no_local_rank", str(DRIVER), configurations),
+        ],
         env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DRIVER.parents[1])},
         capture_output=True,
         text=True,
