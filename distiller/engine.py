@@ -128,7 +128,8 @@ class TeacherEngine(Protocol):
         """Block until at least one submitted ask has finished; return all that have, each with its key. Raises
         EngineDead."""
 
-    # An engine may have `tokens() -> (written, read)`: all tokens since it began, replies under way included.
+    # An engine may have `tokens() -> (written, read)`: all tokens since it began, replies under way included; None
+    # where it cannot tell.
 
     def close(self) -> None:
         """Free what the engine holds. Asks still in flight are dropped."""

@@ -34,6 +34,7 @@ ASKS_AN_ACTOR = 100_000  # more than any engine wants at once: Ray's own limit m
 OBJECT_STORE_BYTES = 100 << 20  # asks and answers are a few kB each; Ray would take 30 % of the memory
 TELL_SECONDS = 60.0
 KNOCK_SECONDS = 10.0
+COUNT_SECONDS = 5.0  # a progress line waits for its counts no longer
 KEYS_REMEMBERED = 100_000  # more rows than are ever in flight; a row forgotten loses its cached prompt, no more
 
 
@@ -56,6 +57,9 @@ class EngineActor:
         threading.Thread(target=self._run, args=(loaded,), name="engine", daemon=True).start()
         return await self._or_ended(loaded)
 
+    async def tokens(self) -> tuple[int, int]:
+        return self._engine.tokens()
+
     async def answer(self, ask: Ask) -> Completion | AskError | EngineDead:
         answer = self._loop.create_future()
         self._asks.put((ask, answer))
@@ -76,7 +80,7 @@ class EngineActor:
 
     def _serve(self, loaded: asyncio.Future) -> None:
         model, sampling, options = self._arguments
-        engine = VLLMEngine(model, sampling, **options)
+        self._engine = engine = VLLMEngine(model, sampling, **options)
         self._tell(loaded, (engine.capacity, engine.facts()))
         waiting: dict[int, asyncio.Future] = {}
         keys = itertools.count()
@@ -196,6 +200,15 @@ class RayEngine:
         if self._dead and not results:
             raise self._dead
         return results
+
+    def tokens(self) -> tuple[int, int] | None:
+        """Written and read by all engines, replies under way included; None where one cannot tell any more. From any
+        thread."""
+        try:
+            counts = ray.get([actor.tokens.remote() for actor in self._actors], timeout=COUNT_SECONDS)
+        except RayError:  # `collect` says so
+            return None
+        return tuple(map(sum, zip(*counts, strict=True)))
 
     def _gone(self, number: int, error: RayError) -> str:
         said = " ".join(str(error).split())[:400]

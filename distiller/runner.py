@@ -380,7 +380,7 @@ class Progress:
             answered = usage.completion_tokens - self._earlier[0], usage.prompt_tokens - self._earlier[1]
             now = self._of_engine()
             written, read = answered
-            if now is not None:
+            if now is not None and self._earlier_of_engine is not None:
                 written, read = (count - before for count, before in zip(now, self._earlier_of_engine, strict=True))
             said += [f"{self.under_way} under way", f"{written:,} tokens written", f"{read:,} read"]
             said.append(f"{written / seconds:.3g} written/s")

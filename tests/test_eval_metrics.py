@@ -2,6 +2,7 @@
 
 import math
 
+import datasets
 import numpy as np
 import pytest
 from eval_fixtures import pair, styled, write_jsonl
@@ -173,4 +174,18 @@ def test_an_unknown_benchmark_is_refused_with_the_known_names(tmp_path):
     with pytest.raises(InputError, match="no file in .*, and none of the benchmarks; did you mean example?"):
         load_benchmark("exampel", None)
     with pytest.raises(InputError, match="none of the benchmarks: .*example, .*rewardbench"):
+        load_benchmark("nothing.jsonl", None)
+    with pytest.raises(InputError, match="nothing.jsonl does not exist: check the name"):
         load_benchmark("../data/nothing.jsonl", None)
+
+
+def test_preference_data_is_whatever_the_stages_read(tmp_path):
+    rows = [{"prompt": "p", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(3)]
+    parts = {"train": datasets.Dataset.from_list(rows[:1]), "test": datasets.Dataset.from_list(rows[1:])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    (whole,), (half,) = (load_benchmark(f"{tmp_path}/saved{split}", None).items for split in ("", ":train"))
+    assert whole.responses == half.responses == ("c0", "r0")
+    assert [item.responses for item in load_benchmark(f"{tmp_path}/saved:test", None).items] == [
+        ("c1", "r1"),
+        ("c2", "r2"),
+    ]

@@ -59,6 +59,11 @@ def test_a_pool_says_what_one_engine_says_and_holds_no_answer_back(tiny_teacher,
     assert [strip_cache(answer) for answer in greedy["rounds"][0]] == [strip_cache(a) for a in pooled["rounds"][2]]
     assert pooled["capacity"] == 2 * alone["capacity"] and pooled["facts"] == alone["facts"]
     assert pooled["rounds"][0][0]["completion_tokens"] > 2 * SAMPLED["max_tokens"]
+    for engine in (alone, pooled):
+        lengths = [answer["completion_tokens"] for answer in engine["rounds"][0]]
+        assert engine["written"][0][-1] == [len(lengths), sum(lengths)]
+        came = [lengths[key] for key in engine["orders"][0]]
+        assert any(tokens > sum(came[:answers]) for answers, tokens in engine["written"][0])  # of replies under way
     assert pooled["orders"][0][-1] == 0  # asked first, answered last, and all others before it
 
 

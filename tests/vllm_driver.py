@@ -5,8 +5,9 @@ vLLM changes environment, threads and torch's global state for good, so no test 
 job: list of {"arguments": {model, ...}, "sampling": {...}, "rounds": [[[messages, seed], ...], ...]}, one engine after
 the other; `num_engines` among the arguments makes it a pool on Ray, and an ask may have a sampling of its own as third
 element. result: for each engine {"dead": reason, "started": bool}, or {"facts", "capacity", "rounds": [[completion as
-dict | {"error": reason}, ...], ...], "orders": [[index, ...], ...]} with the answers in the order of the asks, and the
-order in which they came.
+dict | {"error": reason}, ...], ...], "orders": [[index, ...], ...], "written": [[[answers, tokens], ...], ...]} with the answers
+in the order of the asks, the order in which they came, and how many tokens the engine had written in the round when so
+many answers had come.
 """
 
 import json
@@ -31,7 +32,8 @@ def as_json(answer: Completion | AskError) -> dict:
     return {"error": str(answer)} if isinstance(answer, AskError) else asdict(answer)
 
 
-def run_round(engine: TeacherEngine, asks: list) -> tuple[list[dict], list[int]]:
+def run_round(engine: TeacherEngine, asks: list) -> tuple[list[dict], list[int], list[tuple[int, int]]]:
+    before, written = engine.tokens()[0], []
     for key, (messages, seed, *sampling) in enumerate(asks):
         engine.submit(key, Ask(messages, seed, *(Sampling(**own) for own in sampling)))
     answers: dict[int, Completion | AskError] = {}
@@ -39,8 +41,9 @@ def run_round(engine: TeacherEngine, asks: list) -> tuple[list[dict], list[int]]
         fresh = engine.collect()
         assert fresh and not answers.keys() & dict(fresh).keys()
         answers.update(fresh)
+        written.append((len(answers), engine.tokens()[0] - before))
     assert engine.collect() == []
-    return [as_json(answers[key]) for key in range(len(asks))], list(answers)
+    return [as_json(answers[key]) for key in range(len(asks))], list(answers), written
 
 
 def run_engine(job: dict) -> dict:
@@ -51,8 +54,8 @@ def run_engine(job: dict) -> dict:
     rounds = [run_round(engine, asks) for asks in job["rounds"]]
     engine.close()
     engine.close()
-    answers, orders = zip(*rounds, strict=True) if rounds else ((), ())
-    return {"facts": engine.facts(), "capacity": engine.capacity, "rounds": answers, "orders": orders}
+    found = dict(zip(("rounds", "orders", "written"), zip(*rounds, strict=True), strict=True)) if rounds else {}
+    return {"facts": engine.facts(), "capacity": engine.capacity, **found}
 
 
 if __name__ == "__main__":

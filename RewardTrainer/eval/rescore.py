@@ -4,7 +4,7 @@
     python -m RewardTrainer.eval.rescore --benchmark llmbar --data_dir D --verdicts verdicts.jsonl
 
 Reads `scores.jsonl` as `eval_rm.sh` writes it, or `verdicts.jsonl` of a judge (both formats: `stored.py`), and the
-benchmark's rows, by name or preference file. Prints the table. Rows without all of their lines are left out, named on
+benchmark's rows, by name or preference data. Prints the table. Rows without all of their lines are left out, named on
 stderr and counted; a null is worth what the benchmark's own rule says of an unreadable answer, and otherwise leaves
 its row out.
 """
@@ -60,7 +60,7 @@ def rescore(name: str, data_dir: Path | None, scores: Path | None, verdicts: Pat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--benchmark", required=True, help="benchmark name, or a preference file")
+    parser.add_argument("--benchmark", required=True, help="benchmark name, or preference data")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--scores", type=Path, help="scores.jsonl")
     source.add_argument("--verdicts", type=Path, help="verdicts.jsonl")

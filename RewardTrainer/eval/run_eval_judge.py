@@ -62,7 +62,9 @@ class JudgeArguments(StageArguments):
     columns: str | None = field(default=None, init=False)
     output: str | None = field(default=None, init=False)
 
-    benchmarks: str = flag("example", "comma-separated benchmark names and preference files")
+    benchmarks: str = flag(
+        "example", "comma-separated benchmark names and preference data (file, directory, hub dataset)"
+    )
     data_dir: str | None = flag(None, "directory with benchmark files, one folder <name>/ for each benchmark")
     output_dir: str | None = flag(None, "default: ../output/eval/<model name>-<prompt form>")
     prompt_form: Literal["pairwise_scores", "pairwise_verdict", "pairwise_verdict_reasoned", "pointwise_score"] = flag(

@@ -5,7 +5,7 @@
     bash scripts/eval_rm.sh --config my.yaml --engine vllm --max_length 2048 --dtype float32
 
 Reads any sequence-classification reward model with one label, safetensors weights and a chat template (a directory or
-a hub id; models of another kind through --adapter), and benchmarks by name or preference files by path. Writes to the
+a hub id; models of another kind through --adapter), and benchmarks by name or preference data by path. Writes to the
 output directory, over what an earlier run left there:
 
     results.json   model, benchmarks: {name: {subsets, averages, overall, intervals}}, counts, settings
@@ -62,7 +62,8 @@ class EvalArguments:
         default=None, metadata={"help": "Output directories of finished evaluations to put side by side."}
     )
     benchmarks: str = field(
-        default="example", metadata={"help": "Comma-separated benchmark names and preference files."}
+        default="example",
+        metadata={"help": "Comma-separated benchmark names and preference data (file, directory, hub dataset)."},
     )
     data_dir: str | None = field(
         default=None, metadata={"help": "Directory with benchmark files, one folder <name>/ for each benchmark."}

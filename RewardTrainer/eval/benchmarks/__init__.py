@@ -23,7 +23,7 @@ for _module in pkgutil.iter_modules(__path__):
 
 
 def load_benchmarks(names: str, data_dir: Path | None) -> list[Benchmark]:
-    """What `--benchmarks` and `--data_dir` name: comma-separated benchmarks and preference files, each once.
+    """What `--benchmarks` and `--data_dir` name: comma-separated benchmarks and preference data, each once.
 
     Raises:
         InputError: nothing named or something twice, no such directory, or as `load_benchmark`
@@ -37,17 +37,17 @@ def load_benchmarks(names: str, data_dir: Path | None) -> list[Benchmark]:
 
 
 def load_benchmark(name: str, data_dir: Path | None) -> Benchmark:
-    """A benchmark by name, or a preference file by path.
+    """A benchmark by name, or preference data by path or as a dataset of the hub (`owner/name:config:split`).
 
     Raises:
-        InputError: neither a known name nor a file, or its data cannot be read
+        InputError: neither a known name nor a source of rows, or its data cannot be read
     """
     from RewardTrainer.eval.benchmarks import preference
 
     if name in BENCHMARKS:
         return BENCHMARKS[name](data_dir)
-    if Path(name).exists():
-        return preference.load(Path(name))
+    if Path(name).exists() or "/" in name or ":" in name:  # what has neither is a mistyped name, and no dataset
+        return preference.load(name)
     close = get_close_matches(name, BENCHMARKS, 1)
     meant = f"; did you mean {close[0]}?" if close else f": {', '.join(sorted(BENCHMARKS))}"
     raise InputError(f"--benchmarks {name}: no file in {Path.cwd()}, and none of the benchmarks{meant}")

@@ -1,8 +1,8 @@
-"""Any preference file: a prompt, a chosen and a rejected response a row.
+"""Any preference data: a prompt, a chosen and a rejected response a row.
 
-JSONL or a JSON array; prompt, chosen and rejected as strings or in TRL's conversational form, with or without a prompt
-of its own. Honoured where present: `id`, `subset` (RewardBench's column, accuracy by subset), `margin` (how the reward
-gap follows it).
+A file, a directory or a dataset of the hub, as for the stages (`distiller/sources.py`); prompt, chosen and rejected as
+strings or in TRL's conversational form, with or without a prompt of its own. Honoured where present: `id`, `subset`
+(RewardBench's column, accuracy by subset), `margin` (how the reward gap follows it).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from RewardTrainer.eval.benchmarks.combine import PAIR_VERDICTS, over_rows
 from RewardTrainer.eval.metrics import all_pairs_strict, gap_margin_agreement
 
 
-def load(path: Path) -> Benchmark:
-    """Raises InputError if the file cannot be read."""
-    rows = read_rows(path, required={"prompt": "", "chosen": "", "rejected": ""}, optional=("margin",))
+def load(source: str | Path) -> Benchmark:
+    """Raises InputError if the source cannot be read."""
+    rows = read_rows(source, required={"prompt": "", "chosen": "", "rejected": ""}, optional=("margin",))
     items, skipped = read_items(rows, make_item)
     by_scores = Metric(all_pairs_strict, over_rows, extra=margins)
-    return Benchmark(str(path), str(path), items, skipped, by_scores, PAIR_VERDICTS)
+    return Benchmark(str(source), str(source), items, skipped, by_scores, PAIR_VERDICTS)
 
 
 def make_item(row: dict, where: str) -> Item:
