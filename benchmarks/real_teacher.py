@@ -20,6 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+HIDDEN = ("reasons", "usage")  # of what is printed by itself
 KINDS = {"done": "", "filtered": ".filtered.jsonl", "failed": ".failed.jsonl"}
 
 
@@ -35,8 +36,8 @@ def outcomes(output: Path) -> dict:
 
 
 def usage(output: Path) -> dict:
-    manifest = json.loads(Path(f"{output}.manifest.json").read_text(encoding="utf-8"))
-    return manifest.get("usage", {})
+    manifest = Path(f"{output}.manifest.json")
+    return json.loads(manifest.read_text(encoding="utf-8")).get("usage", {}) if manifest.exists() else {}
 
 
 class Commands:
@@ -44,7 +45,6 @@ class Commands:
         self.work = work
         self.common = ["--model", args.model, "--max_tokens", args.max_tokens, "--max_model_len", args.max_model_len]
         self.common += ["--seed", args.seed]
-        self.pairs = ["--input", work / "pairs.jsonl", "--max_failure_rate", 1]
 
     def run(self, name: str, *command: object) -> int:
         """Its exit code; its output is in a file."""
@@ -52,11 +52,16 @@ class Commands:
         print("$", *words, flush=True)
         with (self.work / f"{name}.log").open("w", encoding="utf-8") as log:
             environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-            return subprocess.run(words, cwd=ROOT, stdout=log, stderr=log, env=environment, check=False).returncode
+            code = subprocess.run(words, cwd=ROOT, stdout=log, stderr=log, env=environment, check=False).returncode
+        if code:
+            print("".join((self.work / f"{name}.log").read_text(encoding="utf-8").splitlines(True)[-5:]), flush=True)
+        return code
 
-    def stage(self, name: str, script: str, *flags: object) -> dict:
+    def stage(self, name: str, script: str, source: str, *flags: object) -> dict:
+        """source: the file in `work` that it reads."""
         output = self.work / f"{name}.jsonl"
-        code = self.run(name, sys.executable, script, *self.common, *self.pairs, "--output", output, *flags)
+        files = ("--input", self.work / source, "--output", output, "--max_failure_rate", 1)
+        code = self.run(name, sys.executable, script, *self.common, *files, *flags)
         return {"exit_code": code, **outcomes(output), "usage": usage(output)}
 
     def judge(self, form: str, *flags: object) -> dict:
@@ -105,23 +110,18 @@ def main() -> None:
     print(json.dumps({"benchmark": "real_teacher", "model": args.model, "rows": len(lines), "ratios": {}, **found}))
 
 
-HIDDEN = ("reasons", "usage")
-
-
 def measure(args: argparse.Namespace, commands: Commands, work: Path, rows: int) -> dict[str, dict]:
     found = {
-        "refine": commands.stage("refine", "refine/refine_response_vllm.py", "--config", "refine/configs/paper.yaml")
+        "refine": commands.stage(
+            "refine", "refine/refine_response_vllm.py", "pairs.jsonl", "--config", "refine/configs/paper.yaml"
+        )
     }
     if found["refine"]["done"]:
-        commands.pairs[1] = work / "refine.jsonl"
-        found["score"] = commands.stage(
-            "score", "score/cali_score_vllm.py", "--config", "score/configs/paper.yaml", "--verify", "true"
-        )
-        verified = [row["verified"] for row in rows_of(work / "score.jsonl")]
-        found["score"]["verified"] = sum(verified)
-        commands.pairs[1] = work / "pairs.jsonl"
+        flags = ("--config", "score/configs/paper.yaml", "--verify", "true")
+        found["score"] = commands.stage("score", "score/cali_score_vllm.py", "refine.jsonl", *flags)
+        found["score"]["verified"] = sum(row["verified"] for row in rows_of(work / "score.jsonl"))
     found["strength"] = commands.stage(
-        "strength", "score/score_orig_vllm.py", "--config", "score/configs/orig_paper.yaml"
+        "strength", "score/score_orig_vllm.py", "pairs.jsonl", "--config", "score/configs/orig_paper.yaml"
     )
     for form in ("pairwise_scores", "pairwise_verdict"):
         found[form] = commands.judge(form)
@@ -130,7 +130,7 @@ def measure(args: argparse.Namespace, commands: Commands, work: Path, rows: int)
         train_file = work / "train.jsonl"
         with train_file.open("w", encoding="utf-8") as file:
             for i, row in enumerate(rows_of(work / "pairs.jsonl")):
-                row |= {"teacher_response": row["chosen"], "chosen_score": 8.0, "rejected_score": 8.0 - 0.5 * (1 + i)}
+                row |= {"teacher_response": row["chosen"], "chosen_score": 8.0, "rejected_score": 7.5 - 6 * i / rows}
                 file.write(json.dumps(row | {"margin": row["chosen_score"] - row["rejected_score"]}) + "\n")
         script = ROOT / "RewardTrainer/scripts/train_distilrm.sh"
         code = commands.run(

@@ -35,7 +35,10 @@ class FileArguments:
     """What every command takes that reads rows and writes each to one of three files. A command adds its own fields
     (all with a default)."""
 
-    input: str | None = flag(None, "JSONL file, JSON array, or hub dataset `owner/name` or `owner/name:split`")
+    input: str | None = flag(
+        None,
+        "a file (JSONL, JSON, CSV, Parquet, Arrow), a saved dataset, or a hub dataset `owner/name[:config][:split]`",
+    )
     output: str | None = flag(
         None, "JSONL file to write; <output>.filtered.jsonl, .failed.jsonl, .manifest.json beside it"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from contextlib import suppress
 
 from distiller.sources import InputError
 
@@ -17,6 +18,7 @@ NUMBER_FIELDS = ("chosen_score", "rejected_score", "original_chosen_score", "mar
 TEXT_FIELDS = ("diagnosis",)
 ROLES = ("system", "user", "assistant")
 NOTHING_IN_IT = "fill it in, or leave the row out"
+_MESSAGES_PRINTED = re.compile(r"\s*\[\s*\{\s*'(?:role|content)'")
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
 MESSAGES_FORM = 'write a text, or [{"role": "user", "content": "..."}, ...]'
@@ -44,7 +46,8 @@ def check_field(name: str, value: object, limits: tuple[float, float] | None) ->
         raise Unfit("must be a string", f"it is {kind_of(value)}: write a text")
     elif name in NUMBER_FIELDS:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise Unfit(f"must be a number, not {kind_of(value)}", "write it without quotation marks, or leave it out")
+            remedy = f"it is {value!r:.40}: write it without quotation marks, or leave it out"
+            raise Unfit(f"must be a number, not {kind_of(value)}", remedy)
         if abs(value) > sys.float_info.max:  # JSON integers have no limit
             raise Unfit("is too large for a number", "leave it out, or correct it")
         if limits and not limits[0] <= value <= limits[1]:
@@ -88,23 +91,22 @@ def response_text(response: str | list[dict]) -> str:
 
 
 def read_cells(row: dict) -> None:
-    """Make numbers and lists of messages of what CSV has as text, in place. Raises Unfit."""
+    """Make numbers and lists of messages of what CSV has as text, in place; all else stays the text that it is.
+    Raises Unfit for messages that are no JSON."""
     for name in NUMBER_FIELDS:
         if isinstance(row.get(name), str):
-            try:
+            with suppress(ValueError):
                 row[name] = float(row[name])
-            except ValueError:
-                raise Unfit(
-                    f"field `{name}` must be a number", f"it is {row[name][:40]!r}: correct the cell"
-                ) from None
     for name in ("prompt", *RESPONSE_FIELDS):
         cell = row.get(name)
-        if isinstance(cell, str) and cell.startswith(("[{'", '[{"')):
-            try:
-                row[name] = json.loads(cell)
-            except ValueError:
+        if isinstance(cell, str) and cell.lstrip().startswith("["):
+            with suppress(ValueError, RecursionError):
+                value = json.loads(cell)
+                if value and all(isinstance(part, dict) and "role" in part for part in value):
+                    row[name] = value
+            if row[name] is cell and _MESSAGES_PRINTED.match(cell):
                 remedy = "save messages as JSON (or the table as JSONL or Parquet), not as Python prints them"
-                raise Unfit(f"field `{name}` is a list as text, and no JSON", remedy) from None
+                raise Unfit(f"field `{name}` is a list as text, and no JSON", remedy)
 
 
 def _dialogue(text: object) -> list[dict] | None:
@@ -117,16 +119,19 @@ def _dialogue(text: object) -> list[dict] | None:
 
 
 def _read_dialogues(row: dict) -> None:
-    """Whole dialogues as text become messages, in place: of both responses, or of a prompt that ends where the
-    assistant is to speak."""
+    """Whole dialogues as text become messages, in place: a prompt that ends where the assistant is to speak, and
+    responses that begin with it or, where there is no prompt, both."""
+    both = {name: _dialogue(row.get(name)) for name in ("chosen", "rejected")}
     if row.get("prompt") is None:
-        both = [_dialogue(row.get(name)) for name in ("chosen", "rejected")]
-        if None not in both:
-            row["chosen"], row["rejected"] = both
+        if None not in both.values():
+            row |= both
         return
-    turns = _dialogue(row["prompt"])
-    if turns and turns[-1] == {"role": "assistant", "content": ""}:
-        row["prompt"] = turns[:-1]
+    prompt = _dialogue(row["prompt"])
+    if prompt and prompt[-1] == {"role": "assistant", "content": ""}:
+        prompt.pop()
+    if prompt and prompt[-1]["role"] == "user":
+        row["prompt"] = prompt
+        row |= {name: turns for name, turns in both.items() if turns and turns[:-1] == prompt}
 
 
 def split_conversations(row: dict) -> None:
@@ -177,12 +182,12 @@ def _messages(value: object) -> list[dict]:
             raise Unfit(f"has a {role} message", "tool use is not supported: tell it as text, or leave the row out")
         if role not in ROLES:
             raise Unfit(f"has a message without a role out of {', '.join(ROLES)}", MESSAGES_FORM)
-        messages.append({"role": role, "content": _text(_content(message.get("content")))})
+        messages.append({"role": role, "content": _text(content_text(message.get("content")))})
     return messages
 
 
-def _content(content: object) -> str:
-    """A message's text; of OpenAI's content parts those of text, one after the other."""
+def content_text(content: object) -> str:
+    """A message's text; of OpenAI's content parts those of text, one after the other. Raises Unfit."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) and content else [None]
@@ -190,8 +195,8 @@ def _content(content: object) -> str:
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
     ):
         return "".join(part["text"] for part in parts)
-    kinds = {part.get("type") for part in parts if isinstance(part, dict)} - {"text"}
-    what = f"it has parts of type {', '.join(map(str, kinds))}" if kinds else f"it is {kind_of(content)}"
+    kinds = {str(part.get("type")) for part in parts if isinstance(part, dict)} - {"text"}
+    what = f"it has parts of type {', '.join(sorted(kinds))}" if kinds else f"it is {kind_of(content)}"
     raise Unfit("has a message whose content is not text", f"{what}: give a text; images are not supported")
 
 

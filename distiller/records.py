@@ -8,9 +8,9 @@ twice. A line that cannot be used becomes a BadRow and harms only itself; with `
 InputError.
 
 Fields keep the form they came in (a string, or TRL's list of messages); `prompt_messages` and `response_text` turn
-either into what a stage works with. Two conversational forms are rewritten to `prompt` + one assistant message while
-reading: TRL's implicit prompt (`chosen` and `rejected` are whole conversations, there is no `prompt`), and whole
-conversations beside a `prompt`.
+either into what a stage works with. Whole conversations are rewritten to `prompt` + one assistant message while
+reading, as messages or as text, with a `prompt` of their own or without (TRL's implicit prompt); so are the cells of a
+CSV file (`distiller/fields.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 
 from distiller.fields import (
+    NUMBER_FIELDS,
     Unfit,
     check_field,
     kind_of,
@@ -32,7 +33,7 @@ from distiller.fields import (
     response_text,
     split_conversations,
 )
-from distiller.sources import InputError, cells_apart, lines
+from distiller.sources import InputError, has_cells, lines
 
 __all__ = [
     "BadRow",
@@ -77,7 +78,7 @@ class BadRow:
     """The row's own id; `<id>#<line>` for a repeated one; `line-<line>` where the line has none to offer."""
     file: str
     line: int
-    """Counted from 1; in a JSON array or a hub dataset the number of the element."""
+    """Counted from 1; where a row is no line (a JSON array, Parquet, a hub dataset) the number of the element."""
     reason: str
     """The same words for the same fault, so that reasons can be counted."""
     remedy: str
@@ -133,7 +134,7 @@ class Rows:
 
     def _checked(self, unseen: dict[str, str]) -> Iterator[dict | BadRow]:
         """Every row, good or bad; takes the columns it meets out of `unseen`."""
-        from_cells = cells_apart(self.source) is not None
+        from_cells = has_cells(self.source)
         seen: dict[int, int] = {}  # 8-byte hashes: of ids, and of the lines they stood in
         for number, line in lines(self.source):
             row, fault = _parse(line)
@@ -141,7 +142,7 @@ class Rows:
                 for ours in [ours for ours, theirs in unseen.items() if theirs in row]:
                     del unseen[ours]
                 _rename(row, self.columns)
-                fault = fault or self._without_gaps(row, from_cells)
+                fault = fault or self._read_values(row, from_cells)
             key, fault_of_id = _own_id(row, number)
             fault = fault or fault_of_id or self._fault(row)
             if id_key(key) in seen:
@@ -156,19 +157,19 @@ class Rows:
             else:
                 yield {**row, "id": key}
 
-    def _without_gaps(self, row: dict, from_cells: bool) -> Unfit | None:
-        """Make null of NaN and infinite numbers in fields that nobody reads here (pandas writes NaN for what is
-        missing), and numbers and messages of the cells of a table of text, in place. What is wrong with the others."""
-        for name, value in row.items():
-            if _has_not_finite(value):
-                if name in self.required or name in self.optional or name in self.ranges:
-                    return Unfit(f"field `{name}` is NaN or infinite", "write a number, or null")
-                row[name] = _finite_only(value)
+    def _read_values(self, row: dict, from_cells: bool) -> Unfit | None:
+        """Make numbers and messages of the cells of a table of text, and null of what is not finite (pandas writes
+        NaN for what is missing), in place. The fault of a row that lacks a number so, or has an infinite one."""
         try:
             if from_cells:
                 read_cells(row)
         except Unfit as fault:
             return fault
+        for name, value in row.items():
+            if _has_not_finite(value):
+                if name in NUMBER_FIELDS and (name in self.required or (name in self.optional and value == value)):
+                    return Unfit(f"field `{name}` is NaN or infinite", "write a number, or null")
+                row[name] = _finite_only(value)
         return None
 
     def _fault(self, row: dict) -> Unfit | None:
@@ -221,9 +222,9 @@ def read_rows(
     those that are checked where present; `ranges` has the lowest and the highest value of a number; `check` says what
     else is wrong with a row whose fields are right. `limit` takes the first rows. A row without an id gets `row_id`;
     an id must be a non-empty string or an int, which is kept as its string. Of two rows with one id the first keeps
-    it, the later one is bad. Blank lines are skipped, CRLF and a byte-order mark accepted; a JSON array is read whole,
-    JSONL line by line. Raises InputError (on iteration) for a missing, empty or wholly unfit file, for a column that
-    no row has, and for any bad row if `strict`.
+    it, the later one is bad. Blank lines are skipped, CRLF and a byte-order mark accepted; one JSON array or object is
+    read whole, all else row by row. Raises InputError (on iteration) for a missing, empty or wholly unfit file, for a
+    column that no row has, and for any bad row if `strict`.
     """
     required, ranges = dict(required or {}), dict(ranges or {})
     renames = columns is not None

@@ -14,7 +14,8 @@ import json
 import lzma
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from decimal import Decimal
 from itertools import chain
 from pathlib import Path
 
@@ -31,6 +32,8 @@ CSV = {".csv": ",", ".tsv": "\t"}  # suffix -> what is between cells
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz")
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", *CSV, *PACKED_SUFFIXES)
 """A source that ends so is a file, never a dataset of the hub."""
+ROWS_NAMES = ("data", "rows", "train", "examples", "instances")
+"""The list of an object that goes by such a name is the rows, whatever else is in the object."""
 
 
 class InputError(ValueError):
@@ -39,40 +42,78 @@ class InputError(ValueError):
 
 
 def lines(source: str) -> Iterator[tuple[int, bytes]]:
-    """(number, JSON text) of every row, from 1, whatever the form of the source; nothing is parsed for JSON lines.
-    Cells of a CSV file are strings, or null where empty. Raises InputError for a source that cannot be read at all."""
+    """(number, JSON text) of every row, from 1, whatever the form of the source; nothing is parsed for JSON lines. The
+    number is that of the line, where a row has one. Cells of a CSV file are strings, or null where empty.
+
+    Raises InputError for a source that cannot be read at all."""
+    return _lines(source, _rows_of_object)
+
+
+def values(source: str) -> Iterator[tuple[int, object]]:
+    """(number from 1, value) of every line or element of a source that is not made of our rows: any JSON values, with
+    or without ids. Of a `.json` file that is one object of lists (`{"name": [row, ...], ...}`) the elements of the
+    lists. Raises InputError naming file and line."""
+    for number, line in _lines(source, _elements_of_object):
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError) as fault:
+            raise InputError(f"{source}, line {number}: not valid JSON ({fault})") from fault
+
+
+def _lines(source: str, rows_of_object: Callable[[dict], list]) -> Iterator[tuple[int, bytes]]:
     path = Path(source)
     if not path.is_file():
-        yield from _as_lines(_dataset(source))
+        yield from _as_lines(enumerate(_dataset(source), 1))
         return
+    with path.open("rb") as file:
+        start = file.read(8)
+    if start.startswith((PARQUET, ARROW)) or path.suffix.lower() == ".arrow":
+        yield from _as_lines(enumerate(_columns(path, start), 1))
+        return
+    unpack = next((unpack for magic, unpack in PACKED.items() if start.startswith(magic)), open)
     try:
-        with path.open("rb") as file:
-            start = file.read(8)
-        if start.startswith((PARQUET, ARROW)) or path.suffix == ".arrow":
-            yield from _as_lines(_columns(path, start))
-            return
-        unpack = next((unpack for magic, unpack in PACKED.items() if start.startswith(magic)), open)
         with unpack(path, "rb") as file:
-            if delimiter := cells_apart(source):
+            if delimiter := CSV.get(_form(path)):
                 yield from _as_lines(_cells(source, file, delimiter))
             else:
-                yield from _json_lines(source, file)
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as fault:
+                yield from _json_lines(source, file, rows_of_object)
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as fault:
+        if unpack is open:
+            raise
         raise InputError(f"{source} is damaged ({fault}): fetch it, or pack it, again") from fault
 
 
-def cells_apart(source: str) -> str | None:
-    """What separates the cells of a CSV file; None for any other source."""
+def has_cells(source: str) -> bool:
+    """Whether it is a CSV file, or a directory of such files: all that is in them is text."""
     path = Path(source)
-    return CSV.get((path.with_suffix("") if path.suffix in PACKED_SUFFIXES else path).suffix)
+    return any(_form(file) in CSV for file in (path.iterdir() if path.is_dir() else [path]))
 
 
-def _as_lines(rows: Iterable[dict]) -> Iterator[tuple[int, bytes]]:
-    for number, row in enumerate(rows, 1):
-        yield number, json.dumps(row, default=str).encode("ascii")
+def _form(path: Path) -> str:
+    """Its suffix, without that of what packed it."""
+    suffix = path.suffix.lower()
+    return _form(path.with_suffix("")) if suffix in PACKED_SUFFIXES else suffix
 
 
-def _json_lines(source: str, file: io.BufferedIOBase) -> Iterator[tuple[int, bytes]]:
+def _as_lines(rows: Iterable[tuple[int, dict]]) -> Iterator[tuple[int, bytes]]:
+    for number, row in rows:
+        yield number, json.dumps(row, default=_plain).encode("ascii")
+
+
+def _plain(value: object) -> object:
+    """What JSON has for a value of another kind: binary columns of Parquet are mostly text (null where they are not),
+    dates and the like are what they print as."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return None
+    return float(value) if isinstance(value, Decimal) else str(value)
+
+
+def _json_lines(
+    source: str, file: io.BufferedIOBase, rows_of_object: Callable[[dict], list]
+) -> Iterator[tuple[int, bytes]]:
     start = file.read(4096)
     for magic, (what, remedy) in NOT_TEXT.items():
         if start.startswith(magic):
@@ -81,10 +122,10 @@ def _json_lines(source: str, file: io.BufferedIOBase) -> Iterator[tuple[int, byt
     whole = None
     if start.removeprefix(BOM).lstrip().startswith(b"["):
         whole = _array(source, file.read())
-    elif source.removesuffix(".gz").endswith(".json"):
-        whole = _rows_of_object(file.read())
+    elif _form(Path(source)) == ".json" and (found := _object(file)) is not None:
+        whole = rows_of_object(found)
     if whole is not None:
-        yield from _as_lines(whole)
+        yield from _as_lines(enumerate(whole, 1))
         return
     file.seek(0)
     for number, line in enumerate(file, 1):
@@ -93,28 +134,47 @@ def _json_lines(source: str, file: io.BufferedIOBase) -> Iterator[tuple[int, byt
             yield number, line
 
 
-def _rows_of_object(data: bytes) -> list | None:
-    """The rows of a `.json` file that is one object: those of the one list of objects in it (`{"data": [...]}`), or
-    itself; None where it is none, but several, one a line."""
+def _object(file: io.BufferedIOBase) -> dict | None:
+    """The one object that a `.json` file is; None where it is none, or has rows, one a line."""
+    first = file.readline().removeprefix(BOM)
     try:
-        whole = json.loads(data.removeprefix(BOM))
+        json.loads(first)
+        whole = first  # a line is a whole value: with more behind it, these are JSON lines
+        if file.read(4096).strip():
+            return None
+    except (ValueError, RecursionError):
+        whole = first + file.read()
+    try:
+        found = json.loads(whole)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(whole, dict):
-        return None
-    lists = [value for value in whole.values() if value and isinstance(value, list) and isinstance(value[0], dict)]
-    itself = len(lists) != 1 or "prompt" in whole or "chosen" in whole  # a list may be a field of a row
-    return [whole] if itself else lists[0]
+    return found if isinstance(found, dict) else None
 
 
-def _cells(source: str, file: io.BufferedIOBase, delimiter: str) -> Iterator[dict]:
+def _rows_of_object(whole: dict) -> list:
+    """The rows of a file that is one object: its one list of objects, if nothing else is in it (`{"data": [...]}`) or
+    the list goes by one of `ROWS_NAMES`; otherwise itself, for a list may be a field of a row."""
+    lists = [name for name, value in whole.items() if value and isinstance(value, list) and isinstance(value[0], dict)]
+    if len(lists) != 1 or whole.keys() & {"prompt", "chosen"}:
+        return [whole]
+    (name,) = lists
+    alone = len(whole) == 1 and "role" not in whole[name][0]  # a row may be messages and nothing else
+    return whole[name] if alone or name in ROWS_NAMES else [whole]
+
+
+def _elements_of_object(whole: dict) -> list:
+    lists = whole and all(isinstance(value, list) for value in whole.values())
+    return list(chain.from_iterable(whole.values())) if lists else _rows_of_object(whole)
+
+
+def _cells(source: str, file: io.BufferedIOBase, delimiter: str) -> Iterator[tuple[int, dict]]:
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
     try:
         for row in reader:
             if None in row:
                 raise InputError(f"{source}, line {reader.line_num}: more cells than the first line has names")
-            yield {name: cell or None for name, cell in row.items()}
+            yield reader.line_num, {name: cell or None for name, cell in row.items()}
     except (csv.Error, UnicodeDecodeError) as fault:
         raise InputError(f"{source}, line {reader.line_num + 1}: no CSV ({fault}); save it again, as UTF-8") from fault
 
@@ -136,33 +196,6 @@ def _columns(path: Path, start: bytes) -> Iterator[dict]:
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as fault:
         raise InputError(f"{path} is damaged, or no table ({fault}): fetch it, or write it, again") from fault
-
-
-def values(source: str) -> Iterator[tuple[int, object]]:
-    """(number from 1, value) of every line or element of a source that is not made of our rows: any JSON values, with
-    or without ids. Of a `.json` file that is one object of lists (`{"name": [row, ...], ...}`) the elements of the
-    lists. Raises InputError naming file and line."""
-    whole = _object(Path(source))
-    if whole is not None:
-        lists = all(isinstance(value, list) for value in whole.values())
-        yield from enumerate(chain.from_iterable(whole.values()) if lists else [whole], 1)
-        return
-    for number, line in lines(source):
-        try:
-            yield number, json.loads(line)
-        except (ValueError, RecursionError) as fault:
-            raise InputError(f"{source}, line {number}: not valid JSON ({fault})") from fault
-
-
-def _object(path: Path) -> dict | None:
-    """The one object that a `.json` file is; None for any other file."""
-    if path.suffix != ".json" or not path.is_file():
-        return None
-    try:
-        whole = json.loads(path.read_bytes().removeprefix(BOM))
-    except (ValueError, RecursionError):
-        return None
-    return whole if isinstance(whole, dict) else None
 
 
 def _array(source: str, data: bytes) -> list | None:
@@ -198,16 +231,10 @@ def _dataset(source: str) -> Iterable[dict]:
 
     config = further[0] if len(further) == 2 else None
     split = further[-1] if further else None
+    saved = any((path / file).is_file() for file in ("state.json", "dataset_dict.json"))
     try:
-        if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
-            found = datasets.load_from_disk(name)
-            if isinstance(found, datasets.DatasetDict):
-                return found[_split_of(source, split, list(found))]
-            return found
-        return datasets.load_dataset(name, config, split=split or "train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as fault:
-        if isinstance(fault, InputError):
-            raise
+        found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config, split=split or "train")
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as fault:  # RuntimeError: a script
         if path.is_dir():
             raise InputError(
                 f"{name} is a directory, and the datasets library finds no {split or 'train'} data in it: "
@@ -217,10 +244,11 @@ def _dataset(source: str) -> Iterable[dict]:
             f"{source} is no file here, and the hub does not give it as a dataset: check the name; without network "
             f"give a file, or a directory that `save_to_disk` wrote ({fault})"
         ) from fault
-
-
-def _split_of(source: str, split: str | None, found: list[str]) -> str:
-    wanted = split or ("train" if "train" in found or len(found) > 1 else found[0])
-    if wanted not in found:
-        raise InputError(f"{source} has no split {wanted}; it has {', '.join(found)}: name one as {source}:{found[0]}")
-    return wanted
+    if not saved:
+        return found
+    parts = found if isinstance(found, datasets.DatasetDict) else {str(found.split or "train"): found}
+    wanted = split or ("train" if "train" in parts or len(parts) > 1 else next(iter(parts)))
+    if wanted not in parts:
+        remedy = f"name one as {source.removesuffix(f':{split}')}:{next(iter(parts))}"
+        raise InputError(f"{source} has no split {wanted}; it has {', '.join(parts)}: {remedy}")
+    return parts[wanted]

@@ -32,8 +32,11 @@ class PromptTemplate:
 
     @cached_property
     def instructions(self) -> str:
-        """The prompt's own words: its text with nothing filled in. Raises PromptError."""
-        return self.render(**dict.fromkeys(self.variables, ""))
+        """The prompt's own words: its text with nothing filled in; "" of one that cannot do without."""
+        try:
+            return self.render(**dict.fromkeys(self.variables, ""))
+        except PromptError:
+            return ""
 
     def render(self, **values: object) -> str:
         """The prompt's text. Raises PromptError."""

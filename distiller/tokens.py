@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from datetime import datetime
 from functools import lru_cache
 from itertools import takewhile
@@ -43,13 +42,15 @@ def with_fixed_date(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
 
 
 def _with_fixed_date(template: str) -> str:
-    formats = dict.fromkeys(re.findall(r"strftime_now\(\s*(['\"].*?['\"])\s*\)", template))
-    if not formats or "macro strftime_now" in template:
+    if "strftime_now(" not in template or "macro strftime_now" in template:
         return template
-    dates = "".join(
-        f"{{%- if format == {each} -%}}{CHAT_DATE.strftime(each[1:-1])}{{%- endif -%}}" for each in formats
-    )
-    return f"{{%- macro strftime_now(format) -%}}{dates}{{%- endmacro -%}}{template}"
+    # All texts that could be a format: one may come to the call in a variable.
+    words = jinja2.Environment().lex(template)
+    formats = dict.fromkeys(text for _, kind, text in words if kind == "string" and "%" in text)
+    dates = "".join(f"{{%- elif format == {each} -%}}{CHAT_DATE.strftime(each[1:-1])}" for each in formats)
+    unknown = "{{- raise_exception('a date in a format that is no text of the template') -}}"
+    macro = f"{{%- macro strftime_now(format) -%}}{{%- if false -%}}{dates}{{%- else -%}}{unknown}{{%- endif -%}}"
+    return f"{macro}{{%- endmacro +%}}{template}"
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], name: str, **template_kwargs) -> list[int]:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from difflib import SequenceMatcher
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,15 +33,14 @@ UNSPACED = (
 )
 _WORD = re.compile(f"[{UNSPACED}]|[^\\s{UNSPACED}]+")
 ECHO_WORDS = 5  # in a row that a block and the instructions would hardly share by chance
-_FIRST = re.compile(r"(?=([^\n]*))([^\n.:!?]*)")  # line and sentence
 _ANNOUNCEMENT = re.compile(
     r"""\W*(?:(?:sure|certainly|of\ course|okay|ok)\b\W*)?
     (?:(?:here(?:['\u2019]s|\ is)|below\ is|this\ is|the\ following\ is)\s+)?
     (?:(?:the|my|an?|your)\s+)?(?:(?:full|complete|whole|final)\s+)*(?:text\s+of\s+(?:the\s+)?)?
     (?:(?:edited|refined|revised|corrected|improved|rewritten|updated|repaired|modified|mended)\s+
-    (?:version\s+of\s+the\s+)?(?:\w+\s+)?(?:response|answer|reply|text|version)
-    |(?:response|answer|reply|text)\s+(?:as\s+)?(?:edited|refined|revised|corrected|improved|rewritten))
-    \b[^\n:]{0,90}[:\n]""",
+    (?:(?:version\s+of\s+the\s+)?(?:\w+\s+)?(?:response|answer|reply)\b[^\n:.]{0,90}|(?:version|text)\W{0,4}?)
+    |(?:response|answer|reply)\s+as\s+(?:edited|refined|revised|corrected|improved|rewritten)\b[^\n:.]{0,90})
+    [:\n]""",
     re.IGNORECASE | re.VERBOSE,
 )
 _OPENERS = {"</diagnosis>": "<diagnosis>", "</refined>": "<refined>"}
@@ -114,42 +115,51 @@ def parse_refinement(reply: str) -> tuple[str, str]:
     return diagnosis, refined
 
 
-def read_refinement(reply: Completion, instructions: str = "", rejected: str = "") -> tuple[str, str] | None:
+def read_refinement(reply: Completion, instructions: str = "", known: Sequence[str] = ()) -> tuple[str, str] | None:
     """`parse_refinement`, or None for a reply that max_tokens cut.
 
-    instructions: the prompt without what it is filled with. rejected: what was to be edited. Raises ParseError, for a
-    reply that repeats the instructions, or whose second block begins by announcing itself, too: a weak teacher may
-    fill the blocks with the words that describe them.
+    instructions: the prompt without what it is filled with. known: the responses that it is filled with; what one of
+    them does is no fault of the edit's. Raises ParseError, for a reply that repeats the instructions, or whose second
+    block begins by announcing itself, too: a weak teacher may fill the blocks with the words that describe them.
     """
     if reply.finish_reason == "length":
         return None
     diagnosis, refined = parse_refinement(reply.text)
     for name, text in (("diagnosis", diagnosis), ("refined response", refined)):
-        if is_echo(text, instructions) and not is_echo(rejected, instructions):
-            raise ParseError(f"the {name} repeats the instructions")
-    if _ANNOUNCEMENT.match(refined) and not _ANNOUNCEMENT.match(rejected):
+        if not text.strip(" .\u2026\n\r\t"):
+            raise ParseError(f"the {name} has no words")
+    if is_echo(diagnosis, instructions):
+        raise ParseError("the diagnosis repeats the instructions")
+    if begins_with_echo(refined, instructions) and not any(begins_with_echo(text, instructions) for text in known):
+        raise ParseError("the refined response repeats the instructions")
+    if _ANNOUNCEMENT.match(refined) and not any(map(_ANNOUNCEMENT.match, known)):
         raise ParseError("the refined response begins by announcing itself")
     return diagnosis, refined
 
 
 def is_echo(text: str, instructions: str) -> bool:
-    """Whether a block says words of the instructions: its whole or its first line or sentence stands in them, with
-    `ECHO_WORDS` words at least, or anything in it with twice as many; or it is what the instructions themselves have
-    between the tags, or nothing but dots."""
-    if not text.strip(" .\u2026\n\r\t"):
-        return True
+    """Whether a text is words of the instructions: it stands in them, with `ECHO_WORDS` words at least, or twice as
+    many in a row of it do; or it is what they have between the tags of the reply. A diagnosis may well take up their
+    terms, and a single line of it repeat one of their sentences."""
+    told, runs, blocks = _told(instructions)
+    plain = _plain(text)
+    return plain in blocks or (len(plain.split()) >= ECHO_WORDS and plain in told) or not runs.isdisjoint(_runs(plain))
+
+
+def begins_with_echo(text: str, instructions: str) -> bool:
+    """`is_echo` of the whole text, of its first line or of its first sentence."""
+    line = text.strip().partition("\n")[0]
+    return any(is_echo(part, instructions) for part in (text, line, re.split("[.:!?]", line, maxsplit=1)[0]))
+
+
+@lru_cache(maxsize=4)
+def _told(instructions: str) -> tuple[str, set[tuple[str, ...]], tuple[str, ...]]:
+    """The instructions' words, all runs of them, and what stands between the tags in them."""
     try:
-        if _plain(text) in map(_plain, parse_refinement(instructions)):
-            return True
+        blocks = parse_refinement(instructions)
     except ParseError:
-        pass
-    told = _plain(instructions)
-    if any(
-        len(beginning.split()) >= ECHO_WORDS and beginning in told
-        for beginning in map(_plain, (text, *_FIRST.match(text.strip()).groups()))
-    ):
-        return True
-    return not _runs(told).isdisjoint(_runs(_plain(text)))
+        blocks = ()
+    return _plain(instructions), _runs(_plain(instructions)), tuple(map(_plain, blocks))
 
 
 def _runs(text: str) -> set[tuple[str, ...]]:

@@ -61,7 +61,8 @@ class FilterArguments(FileArguments):
     """Arguments of the filter."""
 
     input: str | None = flag(
-        "data/scored.jsonl", "JSONL file, JSON array, or hub dataset `owner/name` or `owner/name:split`"
+        "data/scored.jsonl",
+        "a file (JSONL, JSON, CSV, Parquet, Arrow), a saved dataset, or a hub dataset `owner/name[:config][:split]`",
     )
     output: str | None = flag(
         "data/train.jsonl", "JSONL file to write; <output>.filtered.jsonl, .failed.jsonl, .manifest.json beside it"
@@ -73,7 +74,7 @@ class FilterArguments(FileArguments):
     judge_agreement: bool = flag(False, "drop pairs whose scores contradict the label; a tie does not")
     benchmarks: list[str] = field(
         default_factory=list,
-        metadata={"help": "files (JSONL, JSON) or hub datasets whose prompts must not be trained on"},
+        metadata={"help": "files or hub datasets, as for --input, whose prompts must not be trained on"},
     )
     ngram: int = flag(13, "words in a row that make an overlap with a benchmark prompt")
     duplicates: Literal["none", "exact", "near"] = flag("none", "drop duplicates; near ones include exact ones")

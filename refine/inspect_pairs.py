@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from distiller.fields import Unfit, content_text
 from distiller.records import RAW_LIMIT, BadRow, InputError, read_rows
 from distiller.store import count_reason
 from refine.conversation import words
@@ -155,21 +156,27 @@ def messages_of(row: dict) -> list[dict]:
         return [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list):
         raise InputError("field `prompt` is neither a string nor a list of messages")
-    messages = [{"role": m.get("role"), "content": m.get("content")} for m in prompt if isinstance(m, dict)]
-    if len(messages) < len(prompt) or not all(isinstance(text, str) for m in messages for text in m.values()):
-        raise InputError("field `prompt` has a message whose role or content is not a string")
-    return messages
+    if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in prompt):
+        raise InputError("field `prompt` has a message whose role is not a string")
+    return [{"role": message["role"], "content": _content_of(message, "prompt")} for message in prompt]
 
 
 def text_of(row: dict, name: str, needed: bool = False) -> str | None:
     value = row.get(name)
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):  # TRL's conversational form
-        value = value[0].get("content")
+        value = _content_of(value[0], name)
     if value is None and needed:
         raise InputError(f"field `{name}` is missing")
     if value is not None and not isinstance(value, str):
         raise InputError(f"field `{name}` is neither a string nor one message")
     return value
+
+
+def _content_of(message: dict, name: str) -> str:
+    try:
+        return content_text(message.get("content"))
+    except Unfit as fault:
+        raise fault.within(name) from fault
 
 
 def number_of(row: dict, name: str) -> float | None:

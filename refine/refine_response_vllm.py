@@ -110,7 +110,7 @@ def make_work(args: RefineArguments) -> Work:
             return Filtered(row, "rejected equals teacher_response")
 
         messages = refine_messages(template, row, answer)
-        read = partial(read_refinement, instructions=template.instructions, rejected=rejected)
+        read = partial(read_refinement, instructions=template.instructions, known=(rejected, answer))
         refinement = yield from ask_until(messages, read, number=REFINE, **asking)
         if isinstance(refinement, Failed):
             return refinement

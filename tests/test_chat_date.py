@@ -4,6 +4,7 @@ import json
 from datetime import datetime
 
 import pytest
+from jinja2 import TemplateError
 from train_fixtures import tiny_model
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
@@ -91,3 +92,14 @@ def test_other_templates_stay_as_they_are(tmp_path):
     assert with_fixed_date(tokenizer).chat_template == before and before
     tokenizer.chat_template = None
     assert with_fixed_date(tokenizer).chat_template is None
+
+
+def test_formats_in_variables_and_the_text_around_are_kept(tmp_path, days):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model(tmp_path / "model"))
+    tokenizer.chat_template = """  don't {% set form = "%d %B" %}{{ strftime_now(form) }} {{ strftime_now('%Y') }}"""
+    days(1)
+    assert tokenizer.apply_chat_template(MESSAGES, tokenize=False) == "  don't 01 January 2030"
+    assert with_fixed_date(tokenizer).apply_chat_template(MESSAGES, tokenize=False) == "  don't 26 July 2024"
+    tokenizer.chat_template = "{{ strftime_now('%' + 'd') }}"
+    with pytest.raises(TemplateError, match="no text of the template"):
+        with_fixed_date(tokenizer).apply_chat_template(MESSAGES, tokenize=False)

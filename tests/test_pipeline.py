@@ -205,7 +205,7 @@ BAD_PAIRS = [
         "half",
         "field `prompt` has a lone surrogate",
     ),
-    ('{"id": "nan", "prompt": "p", "chosen": "c", "rejected": NaN}', "nan", "field `rejected` is NaN"),
+    ('{"id": "nan", "prompt": "p", "chosen": "c", "rejected": NaN}', "nan", "field `rejected` is null"),
     ({"id": ["list"], **PAIR}, None, "field `id` must be"),
     (
         {"id": "long prompt", **PAIR, "prompt": LONG},

@@ -39,7 +39,7 @@ def readers():
     """(name, the prompt's own words, what reads a reply to it) for every prompt that is shipped."""
     path = ROOT / "refine/prompts/refine.txt"
     own = load_prompt(path, REFINE_VARIABLES).instructions
-    yield "refine", own, lambda text, own=own: read_refinement(reply(text), own, REJECTED)
+    yield "refine", own, lambda text, own=own: read_refinement(reply(text), own, (REJECTED,))
     for name, variables, tags in (
         ("strength", STRENGTH_VARIABLES, STRENGTH_TAGS),
         ("calibrate", CALIBRATE_VARIABLES, CALIBRATE_TAGS),
@@ -112,7 +112,7 @@ def test_a_teacher_that_echoes_is_asked_again_and_then_fails_with_that_reason(tm
     assert asks[0].messages == asks[1].messages and asks[0].seed != asks[1].seed
     outcome, _ = drive(work, row, [echo, echo])
     assert isinstance(outcome, Failed) and outcome.raw == echo
-    assert "repeats the instructions" in outcome.reason or "announcing itself" in outcome.reason
+    assert any(why in outcome.reason for why in ("repeats the instructions", "announcing itself", "has no words"))
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,12 @@ def test_a_teacher_that_echoes_is_asked_again_and_then_fails_with_that_reason(tm
         ("Yes.", "No."),
         ("The draft is wrong.", "What is wrong with it? Nothing."),
         ("I edited the response time of the server: 3 ms", "The edited server answers in 3 s: slowly"),
+        ("The old version of the API renames three:", "The updated version of the API (2.1) renames three:"),
+        ("The response worsened in 60 % of the patients:", "The response improved in 60 % of the patients:"),
+        ("Here is your sentence:\nHe go.", "Here is the corrected version of your sentence:\nHe goes."),
+        ("It is 41.\nBye.", "The corrected answer is 42.\nBye."),
+        ("The 1958 text was old.\nIt fell.", "The revised text of the 1958 constitution was adopted.\nIt fell."),
+        ("A version of bubble sort:", "An improved version of bubble sort:"),
     ],
 )
 def test_an_edit_that_only_looks_like_an_echo_is_kept(tmp_path, rejected, refined):
@@ -135,3 +141,28 @@ def test_an_edit_that_only_looks_like_an_echo_is_kept(tmp_path, rejected, refine
     outcome, _ = drive(refine_response_vllm.make_work(args), row, [answer])
     assert isinstance(outcome, Done) and not isinstance(outcome, Filtered), outcome
     assert outcome.row["refined_response"] == refined
+
+
+@pytest.mark.parametrize(
+    "diagnosis",
+    [
+        "The response as a whole is unusable: it explains how to pick a lock. Refuse, and say why.",
+        "The flawed response is worse: it says 41 where 6 x 7 is 42.",
+        "**Why the flawed response is worse:**\n- It says 41.",
+        "The flawed response is right where the two differ. The tone is off.",
+        "What is missing or wrong:\n- the unit",
+        "The smallest edit that makes it clearly better: say 42.",
+    ],
+)
+def test_a_diagnosis_may_take_up_the_terms_of_the_prompt(diagnosis):
+    own = load_prompt(ROOT / "refine/prompts/refine.txt", REFINE_VARIABLES).instructions
+    answer = reply(f"<diagnosis>{diagnosis}</diagnosis><refined>{EDITED}</refined>")
+    assert read_refinement(answer, own, (REJECTED,)) == (diagnosis, EDITED)
+
+
+def test_what_the_teachers_own_answer_does_is_no_fault_of_its_edit():
+    both = "Here is the corrected response:"
+    answer = reply(f"<diagnosis>No heading.</diagnosis><refined>{both} {EDITED}</refined>")
+    with pytest.raises(ParseError, match="announcing itself"):
+        read_refinement(answer, CLASSIC, (REJECTED, "It is far."))
+    assert read_refinement(answer, CLASSIC, (REJECTED, f"{both} It is far."))

@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import lzma
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
@@ -13,7 +14,9 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
+from distiller.fields import check_field
 from distiller.records import BadRow, InputError, prompt_messages, read_rows, response_text
+from distiller.sources import lines, values
 
 ROWS = [
     {"id": f"r{n}", "prompt": f'Who, {n}?\n"Quoted"', "chosen": "ä, \t;", "rejected": "no\r\nyes", "margin": n / 4}
@@ -115,8 +118,9 @@ def test_cells_hold_numbers_messages_and_nothing(tmp_path):
     assert first["prompt"] == MESSAGES and first["margin"] is None and first["note"] == "3"
     assert second["margin"] == -0.5
     write_csv(tmp_path / "g.csv", [cells | {"margin": "1,5"}, cells | {"id": "2", "prompt": str(MESSAGES)}])
-    number, python = read_rows(tmp_path / "g.csv")
-    assert isinstance(number, BadRow) and number.reason == "field `margin` must be a number"
+    number, python = read_rows(tmp_path / "g.csv", optional=("margin",))
+    assert isinstance(number, BadRow) and number.reason == "field `margin` must be a number, not a string"
+    assert "'1,5'" in number.remedy and number.line == 2
     assert isinstance(python, BadRow) and "save messages as JSON" in python.remedy
     (tmp_path / "h.csv").write_text("prompt,chosen\na,b,c\n")
     with pytest.raises(InputError, match=r"h\.csv, line 2: more cells"):
@@ -135,7 +139,64 @@ def test_what_pandas_writes_for_a_gap_is_read(tmp_path):
     assert row == {"id": "7", "prompt": "p", "margin": 1.0, "other": None, "deep": {"a": [1.0, None]}}
     path.write_bytes(jsonl([{"id": 7.5, "prompt": "p"}, {"id": 1, "prompt": "p", "margin": float("nan")}]))
     half, gap = read_rows(path, optional=("margin",))
-    assert "field `id` must be" in half.reason and gap.reason == "field `margin` is NaN or infinite"
+    assert "field `id` must be" in half.reason and gap["margin"] is None
+    half, gap = read_rows(path, required={"margin": ""})
+    assert gap.reason == "field `margin` is NaN or infinite"
+    write_csv(tmp_path / "f.csv", [{"prompt": "p", "margin": "nan"}, {"prompt": "q", "margin": "inf"}])
+    gap, infinite = read_rows(tmp_path / "f.csv", optional=("margin",))
+    assert gap["margin"] is None and infinite.reason == "field `margin` is NaN or infinite"
+    assert [row["margin"] for row in read_rows(tmp_path / "f.csv", required={"prompt": ""})] == [None, None]
+
+
+def test_cells_that_nobody_reads_as_numbers_or_messages_stay_text(tmp_path):
+    cells = {"id": "1", "prompt": '[{"a": 1}] as YAML, please', "chosen": '[{"name": "Bob"}]', "margin": "large"}
+    cells |= {"rejected": "[{'a': 1}]"}
+    write_csv(tmp_path / "F.CSV", [cells])
+    assert list(read_rows(tmp_path / "F.CSV", required={"prompt": "", "chosen": ""})) == [cells]
+    (tmp_path / "folder").mkdir()
+    write_csv(tmp_path / "folder/f.csv", [cells | {"prompt": f" {json.dumps(MESSAGES, indent=1)}"}])
+    (row,) = read_rows(tmp_path / "folder", required={"prompt": ""})
+    assert row["prompt"] == MESSAGES
+
+
+def test_columns_of_bytes_are_text_and_decimals_are_numbers(tmp_path):
+    row = {"prompt": "Was heißt ‘warum’?".encode(), "margin": Decimal("1.5"), "image": b"\x89PNG\xff"}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "f.parquet")
+    (read,) = read_rows(tmp_path / "f.parquet", required={"prompt": "", "margin": ""})
+    assert (read["prompt"], read["margin"], read["image"]) == ("Was heißt ‘warum’?", 1.5, None)
+
+
+def test_a_json_file_is_one_object_or_an_object_a_line(tmp_path, monkeypatch):
+    single = {"messages": MESSAGES, "response": "a"}
+    for row in (single, {"conversation": [{"from": "human", "value": "q"}], "better": "b"}, {"messages": MESSAGES}):
+        (tmp_path / "f.json").write_text(json.dumps(row))
+        (read,) = read_rows(tmp_path / "f.json")
+        assert {name: read[name] for name in row} == row
+    for packed in (gzip, bz2, lzma):
+        (tmp_path / "p.json").write_bytes(packed.compress(json.dumps({"version": "1", "data": ROWS}).encode()))
+        assert list(read_rows(tmp_path / "p.json")) == ROWS == [value for _, value in values(f"{tmp_path}/p.json")]
+    (tmp_path / "v.json").write_text(json.dumps({"a": [1, 2], "b": [3]}))
+    assert [value for _, value in values(f"{tmp_path}/v.json")] == [1, 2, 3]
+    (tmp_path / "lines.json").write_bytes(jsonl())
+    asked = []
+    monkeypatch.setattr(json, "loads", lambda text, loads=json.loads, **_: asked.append(len(text)) or loads(text))
+    assert len(list(lines(f"{tmp_path}/lines.json"))) == len(ROWS)
+    assert asked == [len(jsonl(ROWS[:1]))]  # the rest is not read whole
+
+
+def test_damaged_files_and_datasets_that_need_a_script_are_named(tmp_path):
+    (tmp_path / "f.jsonl.bz2").write_bytes(bz2.compress(jsonl())[:20] + b"nothing of the kind")
+    with pytest.raises(InputError, match=r"f\.jsonl\.bz2 is damaged"):
+        list(read_rows(tmp_path / "f.jsonl.bz2"))
+    (tmp_path / "scripted").mkdir()
+    (tmp_path / "scripted/scripted.py").write_text("")
+    with pytest.raises(InputError, match="is a directory, and the datasets library finds no train data in it"):
+        list(read_rows(tmp_path / "scripted"))
+    FORMS["saved"](tmp_path / "saved")
+    with pytest.raises(InputError, match="saved:test has no split test; it has train: name one as .*/saved:train"):
+        list(read_rows(f"{tmp_path}/saved:test"))
+    with pytest.raises(InputError, match=r"parts of type \['text'\]"):
+        check_field("prompt", [{"role": "user", "content": [{"type": ["text"]}]}], None)
 
 
 def test_dialogues_as_text_become_turns(tmp_path):
@@ -151,13 +212,20 @@ def test_dialogues_as_text_become_turns(tmp_path):
         {"id": "b", "prompt": begin, "chosen": "Far.", "rejected": "Near."},
         {"id": "c", "prompt": "Human: what?", "chosen": "Human: a", "rejected": "b"},
         {"id": "d", "chosen": f"{begin} Far.", "rejected": "\n\nHuman: Hi. Human: is a word.\n\nAssistant: Bye."},
+        {"id": "e", "prompt": begin, "chosen": f"{begin} Far.", "rejected": f"{begin} Near."},
+        {"id": "f", "prompt": begin.removesuffix("\n\nAssistant:"), "chosen": "Far.", "rejected": "Near."},
+        {"id": "g", "prompt": "Write a dialogue.", "chosen": f"{begin} Far.", "rejected": "No."},
     ]
     path.write_bytes(jsonl(rows))
-    first, second, third, apart = read_rows(path, required=dict.fromkeys(("prompt", "chosen", "rejected"), ""))
+    first, second, third, apart, beside, asks, written = read_rows(
+        path, required=dict.fromkeys(("prompt", "chosen", "rejected"), "")
+    )
     assert first["prompt"] == second["prompt"] == prompt
     assert first["chosen"] == [{"role": "assistant", "content": "Far.\n\nVery far."}]
     assert first["rejected"] == [{"role": "assistant", "content": "Near."}] and second["chosen"] == "Far."
-    assert third == rows[2]
+    assert third == rows[2] and written == rows[6]
+    assert beside == first | {"id": "e", "chosen": [{"role": "assistant", "content": "Far."}]}
+    assert asks == second | {"id": "f"}
     assert apart.reason == "fields `chosen` and `rejected` part before the last turn"
 
 

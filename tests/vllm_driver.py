@@ -5,9 +5,9 @@ vLLM changes environment, threads and torch's global state for good, so no test 
 job: list of {"arguments": {model, ...}, "sampling": {...}, "rounds": [[[messages, seed], ...], ...]}, one engine after
 the other; `num_engines` among the arguments makes it a pool on Ray, and an ask may have a sampling of its own as third
 element. result: for each engine {"dead": reason, "started": bool}, or {"facts", "capacity", "rounds": [[completion as
-dict | {"error": reason}, ...], ...], "orders": [[index, ...], ...], "written": [[[answers, tokens], ...], ...]} with the answers
-in the order of the asks, the order in which they came, and how many tokens the engine had written in the round when so
-many answers had come.
+dict | {"error": reason}, ...], ...], "orders": [[index, ...], ...], "written": [[[answers, tokens], ...],
+...]} with the answers in the order of the asks, the order in which they came, and how many tokens the engine had
+written in the round when so many answers had come.
 """
 
 import json

@@ -12,8 +12,8 @@ A row has a `prompt` (a string or chat messages) and responses, in any of these 
 
 or is a whole conversation, `messages` ending with the assistant's turn -> reward. Where there is no `prompt`,
 `messages` up to the last user's turn are the prompt of the responses beside them. Other fields pass through untouched,
-a row without an `id` gets one, rows keep their order. Reads JSONL, a JSON array or a hub dataset; `--columns
-ours=theirs,...` renames. Writes JSONL, by default `<input>.rewarded.jsonl`.
+a row without an `id` gets one, rows keep their order. Reads what the stages read; `--columns ours=theirs,...` renames.
+Writes JSONL, by default `<input>.rewarded.jsonl`.
 
 A row that cannot be rewarded (no response, one that is empty or no text, refused by the chat template, malformed) goes
 to `<output>.failed.jsonl` with `reason` and `raw`, and is counted. Run the same command again after an interruption
@@ -64,7 +64,12 @@ class ScoreFileArguments:
     """Flags of `score_file`."""
 
     model: str | None = field(default=None, metadata={"help": "Reward model: a directory, or a hub id."})
-    input: str | None = field(default=None, metadata={"help": "JSONL, JSON array, or hub dataset owner/name[:split]."})
+    input: str | None = field(
+        default=None,
+        metadata={
+            "help": "A file (JSONL, JSON, CSV, Parquet, Arrow), a saved dataset, or a hub dataset owner/name[:split]."
+        },
+    )
     output: str | None = field(default=None, metadata={"help": "JSONL file; default: <input>.rewarded.jsonl."})
     columns: str | None = field(default=None, metadata={"help": "Our field names for the input's: ours=theirs,..."})
     limit: int | None = field(default=None, metadata={"help": "Only the first rows; may grow from run to run."})
