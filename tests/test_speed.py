@@ -173,10 +173,23 @@ def test_the_first_step_is_in_no_log_however_many_batches_it_has(models, tmp_pat
 
 
 def test_loss_of_a_run_that_was_gone_on_from_weighs_each_log_by_its_steps():
-    history = [{"step": 4, "loss": 5.0}, {"step": 4, "eval_loss": 9.0}, {"step": 8, "loss": 3.0}]
-    history.append({"step": 12, "loss": 1.0})
-    whole = whole_run({"train_loss": 1.7, "train_runtime": 2.0}, history, 12, 6)  # steps 5 and 6 are in no log
-    assert whole == {"train_loss": (4 * 5 + 2 * 3 + 4 * 1) / 10, "train_runtime": 2.0, "resumed_at_step": 6}
+    history = [{"step": 4, "loss": 5.0}, {"step": 4, "eval_loss": 9.0}, {"step": 8, "loss": 3.0, "loss_steps": 2}]
+    history += [{"step": 12, "loss": 1.0, "loss_steps": 3}, {"step": 16, "loss": 2.0}]
+    # Gone on from steps 6 and 9: steps 5, 6 and 9 are in no log.
+    whole = whole_run({"train_loss": 1.7, "train_runtime": 2.0}, history, 16, 9)
+    mean = (4 * 5 + 2 * 3 + 3 * 1 + 4 * 2) / 13
+    assert whole == {"train_loss": mean, "train_runtime": 2.0, "resumed_at_step": 9}
+
+
+def test_a_log_after_going_on_says_of_how_many_steps_it_is(models, tmp_path):
+    rows = pair_rows(20)
+    more = {"loss_type": "bt", "max_steps": 7, "logging_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    more["save_total_limit"] = 9
+    make_trainer(models["student"], tmp_path, rows, **more).train()
+    trainer = make_trainer(models["student"], tmp_path, rows, **more)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [(log["step"], log.get("loss_steps")) for log in logs] == [(3, None), (6, 2)]
 
 
 # ---------------------------------------------------------------- waiting for the device

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +172,20 @@ def test_sigterm_saves_a_checkpoint_that_goes_on_as_if_nothing_had_happened(worl
 
 
 @pytest.mark.slow
+def test_a_script_that_is_killed_outright_with_its_group_leaves_no_rank(world, tmp_path):
+    process = launch(world, tmp_path / "out", zero=2, wait=False)
+    log = tmp_path / "out.log"
+    while "'loss'" not in log.read_text(errors="replace"):
+        assert process.poll() is None, log.read_text(errors="replace")[-4000:]
+        time.sleep(0.01)
+    tree = psutil.Process(process.pid).children(recursive=True)
+    assert tree
+    os.killpg(process.pid, signal.SIGKILL)  # as `timeout --kill-after` does
+    process.wait(timeout=10)
+    assert not psutil.wait_procs(tree, timeout=20)[1]
+
+
+@pytest.mark.slow
 def test_ctrl_c_ends_every_process_with_its_own_exit_code(world, tmp_path):
     process = launch(world, tmp_path / "out", zero=2, wait=False)
     log = tmp_path / "out.log"
@@ -324,12 +339,27 @@ def test_command_line_overrides_the_recipe_and_unknown_keys_are_refused(tmp_path
     recipe.write_text("model_name_or_path: a\ntrain_file: b\nlearning_rate: 1e-4\nloss_type: bt\n")
     model_args, _, args = parse(recipe, ["--learning_rate", "2e-4", "--output_dir", str(tmp_path)])
     assert (model_args.model_name_or_path, args.learning_rate, args.loss_type) == ("a", 2e-4, "bt")
-    for line, said in (("overlong: dropp", "invalid choice: 'dropp'"), ("max_steps: ten", "invalid int value: 'ten'")):
+    for line, said in (
+        ("overlong: dropp", "invalid choice: 'dropp'"),
+        ("overlong: false", "invalid choice: 'False'"),
+        ("head: 1", "invalid choice: '1'"),
+        ("max_steps: ten", "invalid int value: 'ten'"),
+        ("max_steps: 10.5", "invalid int value: '10.5'"),
+        ("limit: 2.5", "invalid int value: '2.5'"),
+        ("margin_scale:", "has no value; give one, or leave it out"),
+        ("max_length: null", "has no value"),
+        ("train_file: [a, b]", "is a list; several files are separated by commas"),
+        ("learning_rate: [1, 2]", "is a list; give one value"),
+    ):
         recipe.write_text(f"model_name_or_path: a\ntrain_file: b\n{line}\n")
         with pytest.raises(
             run_reward_train.InputError, match=f"recipe.yaml: argument --{line.partition(':')[0]}: {said}"
         ):
             parse(recipe, ["--output_dir", str(tmp_path)])
+    recipe.write_text("model_name_or_path: a\ntrain_file: a, ~/b\nsave_total_limit: null\nreport_to: [none]\n")
+    _, data_args, args = parse(recipe, ["--output_dir", str(tmp_path), "--resume_from_checkpoint=~/c"])
+    assert data_args.train_file == f"a,{Path.home()}/b" and args.save_total_limit is None
+    assert args.resume_from_checkpoint == f"{Path.home()}/c"
     recipe.write_text("model_name_or_path: a\ntrain_file: b\nlearnig_rate: 1e-4\n")
     with pytest.raises(run_reward_train.InputError, match="recipe.yaml: unknown .* --learnig_rate, .*--learning_rate"):
         parse(recipe, ["--output_dir", str(tmp_path)])
@@ -422,6 +452,42 @@ def test_nothing_of_an_earlier_model_stays_beside_another_one(world, tmp_path):
     AutoModelForSequenceClassification.from_pretrained(output)
 
 
+def test_what_is_not_a_runs_own_is_not_taken_away(world, tmp_path):
+    given = [*flags(world, tmp_path / "out", batch_size=2), "--max_steps", "1", "--save_strategy", "no"]
+    (tmp_path / "out/lm").mkdir(parents=True)
+    (tmp_path / "out/lm/mine").touch()
+    run_reward_train.main([*given, "--eval_ratio", "0.2"])
+    assert (tmp_path / "out/lm/mine").exists()  # another run may have `out/lm` as its directory
+    held_out = (tmp_path / "out/held_out.jsonl").read_bytes()
+    for flag in ("--eval_file", "--train_file"):
+        with pytest.raises(run_reward_train.InputError, match="held_out.jsonl is what this run replaces"):
+            run_reward_train.main([*given, "--eval_ratio", "0", flag, str(tmp_path / "out/held_out.jsonl")])
+    assert (tmp_path / "out/held_out.jsonl").read_bytes() == held_out
+    shutil.rmtree(tmp_path / "out/lm")
+    run_reward_train.main([*given, "--save_lm", "true"])
+    lm = tmp_path / "out/lm"
+    with pytest.raises(run_reward_train.InputError, match=r"out/lm is part of .*/out, which this run replaces"):
+        run_reward_train.main([*given, "--model_name_or_path", str(lm)])
+    lm.rename(tmp_path / "elsewhere")
+    lm.symlink_to(tmp_path / "elsewhere")
+    run_reward_train.main(given)
+    assert not lm.exists() and (tmp_path / "elsewhere/config.json").exists()
+
+
+@pytest.mark.parametrize("fault", ["torn", "other shape"])
+def test_weights_that_cannot_be_loaded_end_training_in_a_line(world, tmp_path, fault):
+    student = tiny_model(tmp_path / "student", tied=False)
+    weights = student / "model.safetensors"
+    if fault == "torn":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    else:
+        config = json.loads((student / "config.json").read_text())
+        (student / "config.json").write_text(json.dumps(config | {"hidden_size": 2 * config["hidden_size"]}))
+    given = [*flags(world, tmp_path / "out", batch_size=2), "--model_name_or_path", str(student)]
+    with pytest.raises(run_reward_train.InputError, match="student: cannot be loaded: "):
+        run_reward_train.main(given)
+
+
 def test_pairs_that_the_chat_template_makes_equal_are_named_and_left_out(world, tmp_path, caplog):
     student = tiny_model(tmp_path / "student", tied=False)
     template = student / "chat_template.jinja"
@@ -445,18 +511,19 @@ def test_pairs_that_the_chat_template_makes_equal_are_named_and_left_out(world, 
 def test_rows_are_no_longer_than_the_model_takes(world, tmp_path, caplog, side):
     path = tiny_model(tmp_path / side, **({"tied": False} if side == "student" else {"hidden": 48, "seed": 1}))
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 24}))
+    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
     rows = pair_rows(12)
     rows[3]["prompt"] += " please" * 20
     given = [*flags(world, tmp_path / "out", batch_size=2), "--max_steps", "1", "--eval_ratio", "0"]
     given += ["--model_name_or_path" if side == "student" else "--teacher_model", str(path)]
     given += ["--train_file", str(write_rows(tmp_path / "rows.jsonl", rows))]
-    if side == "teacher":
-        with pytest.raises(run_reward_train.InputError, match="row-0-3 has .* tokens to the teacher, which takes 24"):
-            run_reward_train.main(given)
-        return
+    said = {"student": "more than --max_length 40", "teacher": "tokens to the teacher, which takes 40; leave it out"}
+    with pytest.raises(run_reward_train.InputError, match=f"row-0-3 has .* {said[side]}"):
+        run_reward_train.main([*given, "--overlong", "error"])
+    run_reward_train.main([*given, "--overlong", "drop"])
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["counts"]["train"]["overlong"] >= 1
     run_reward_train.main([*given, "--overlong", "truncate_prompt"])
-    assert "--max_length 512 is over what the student takes; it is 24" in caplog.text
+    assert side == "teacher" or "--max_length 512 is over what the student takes; it is 40" in caplog.text
     assert json.loads((tmp_path / "out/metrics.json").read_text())["counts"]["train"]["truncated"] >= 1
 
 

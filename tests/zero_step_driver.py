@@ -7,6 +7,7 @@ gradient after one step, which Adam's weights would hardly show.
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import deepspeed
@@ -27,10 +28,11 @@ def train(config: dict, lightened: bool, scale: float) -> tuple[bool, list[float
     done = lighten(engine.optimizer) if lightened else False
     rows = torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(torch.distributed.get_rank()))
     norms = []
-    for batch in rows:
+    for batch in rows.repeat(config["gradient_accumulation_steps"], 1, 1):
         engine.backward(scale * engine(batch.to(next(model.parameters()).dtype)).float().square().mean())
         engine.step()
-        norms.append(float(engine.get_global_grad_norm()))
+        if engine.was_step_applied():
+            norms.append(float(engine.get_global_grad_norm()))
     moments = [state["exp_avg"] for state in engine.optimizer.optimizer.state.values()]
     return done, norms, [*engine.optimizer.single_partition_of_fp32_groups, *moments]
 
@@ -39,14 +41,19 @@ def main() -> None:
     deepspeed.init_distributed()
     found = {}
     names = sys.argv[1].split(",")
-    for name, precision, scale in [(n, p, s) for n in names for p in ("fp32", "bf16") for s in (1e-4, 10.0)]:
+    kinds = [("fp32", 1), ("bf16", 1), ("bf16", 2), ("bf16, accumulated in fp32", 2)]
+    for name, (precision, accumulated), scale in product(names, kinds, (1e-4, 10.0)):
+        if name != "zero2" and "accumulated" in precision:  # another optimizer of DeepSpeed's
+            continue
         config = json.loads((CONFIGS / f"{name}.json").read_text()) | {"gradient_clipping": CLIP}
-        config |= {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1}
+        config |= {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": accumulated}
+        if "accumulated" in precision:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
         config = {key: value for key, value in config.items() if value != "auto" and key != "fp16"}
-        config["bf16"] = config["bf16"] | {"enabled": precision == "bf16"}
+        config["bf16"] = config["bf16"] | {"enabled": precision != "fp32"}
         (_, norms, own), (done, light_norms, light) = (train(config, on, scale) for on in (False, True))
         apart = max((a - b).abs().max() / a.abs().max().clamp(min=1e-12) for a, b in zip(own, light, strict=True))
-        found[f"{name} {precision} {scale}"] = {
+        found[f"{name} {precision} {accumulated} {scale}"] = {
             "lightened": done,
             "norms": norms,
             "light_norms": light_norms,

@@ -14,7 +14,7 @@
 # MASTER_PORT    default: a free one (with a hostfile 29500)
 # MASTER_ADDR    with a hostfile: the first node's address for the others; default: the first that its `hostname -I` gives
 # TORCH_EXTENSIONS_DIR  where DeepSpeed keeps what it compiles; default: in the Python environment
-# SIGTERM saves a checkpoint and ends with exit code 143, to this script, to a rank, or to all at once; so does SIGUSR1.
+# SIGTERM saves a checkpoint and ends with exit code 143, to this script, to a rank, or to all at once; so do SIGUSR1 and SIGHUP.
 # Paths are relative to RewardTrainer/, from wherever this is called.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -124,6 +124,10 @@ command -v setsid >/dev/null && session=(setsid)
 ) &
 launcher=$!
 stopped=
+if [[ -n "${session[*]-}" ]]; then # killed outright (SIGKILL to its group), this script can tell nobody: this one can
+  (setsid bash -c 'while kill -0 "$1" && kill -0 "$2"; do sleep 1; done; kill -0 "$1" || ! kill -0 "$2" || pkill -KILL -s "$2"' watcher \
+    $$ "$launcher" </dev/null >/dev/null 2>&1 &)
+fi
 
 # Pre-emption: the ranks save a checkpoint and end. DeepSpeed's launchers would not let them: the one of a single node dies
 # and leaves them running, that of several kills them. So the signal goes to the children of each node's launcher.
@@ -159,8 +163,9 @@ while kill -0 "$launcher" 2>/dev/null; do
   wait "$launcher" || code=$?
 done
 if [[ -n "$stopped" && -n "${session[*]-}" ]]; then # a launcher that was told as well may be gone before its ranks
-  while pgrep -s "$launcher" >/dev/null 2>&1; do sleep 0.5; done
+  while ps -o stat= -s "$launcher" 2>/dev/null | grep -q '^[^Z]'; do sleep 0.5; done
 fi
+((code == 241)) && code=143 # no step yet, no checkpoint: how DeepSpeed says that a signal ended the ranks
 ((code == 0)) || remove_dead_locks 0
 if ((gpus == 0)) && [[ -z "${HOSTFILE:-}" ]]; then
   rm -f /dev/shm/deepspeed_*_"$MASTER_PORT"_* # 66 MB a rank, which DeepSpeed leaves behind on a CPU

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from itertools import takewhile
 from pathlib import Path
 from textwrap import wrap
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, get_args, get_type_hints
 
 import torch
 import yaml
@@ -23,7 +23,10 @@ from distiller.records import InputError
 from RewardTrainer.eval.engines.loading import check_attention
 from RewardTrainer.train.losses import LOSSES, check_weights
 
-PATHS = {"model_name_or_path", "teacher_model", "teacher_logprobs", "train_file", "eval_file", "output_dir"}
+PATHS = {"model_name_or_path", "teacher_model", "teacher_logprobs", "train_file", "eval_file", "output_dir"} | {
+    "resume_from_checkpoint"
+}
+LISTS = {"report_to", "debug", "fsdp", "include_for_metrics"}  # may be lists in a recipe, though not as flags
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -158,6 +161,7 @@ NO_PLACE: dict[str, tuple[tuple, str]] = {
         (False,),
         "it would change how many pairs a step has; --max_tokens_per_batch cuts a step into what fits",
     ),
+    "enable_jit_checkpoint": ((False,), "SIGTERM saves a checkpoint as it is"),
     "torch_compile": ((False,), "rows have ever other lengths; attention on a GPU is compiled already"),
 }
 
@@ -288,7 +292,7 @@ class DistilConfig(TrainingArguments):
 
 
 class _Parser(TrlParser):
-    """Its errors are one line, and text in a recipe is checked as it is on the command line."""
+    """Its errors are one line, and values in a recipe are checked as they are on the command line."""
 
     recipe = ""
 
@@ -296,10 +300,18 @@ class _Parser(TrlParser):
         raise InputError(f"{_one_spelling(message)} (--help shows all flags)")
 
     def set_defaults_with_config(self, **values) -> list[str]:
+        types = {name: each for part in self.dataclass_types for name, each in get_type_hints(part).items()}
+        optional = {name for name, each in types.items() if type(None) in get_args(each)}
         for action in self._actions:
-            if isinstance(values.get(action.dest), str):
+            name, value = action.dest, values.get(action.dest)
+            if name in values and value is None and name not in optional:
+                raise InputError(f"{self.recipe}: argument --{name}: has no value; give one, or leave it out")
+            if isinstance(value, list) and action.nargs is None and name not in LISTS:
+                several = "several files are separated by commas" if name == "train_file" else "give one value"
+                raise InputError(f"{self.recipe}: argument --{name}: is a list; {several}")
+            if isinstance(value, str | bool | int | float):
                 try:
-                    self._check_value(action, self._get_value(action, values[action.dest]))
+                    self._check_value(action, self._get_value(action, str(value)))
                 except ArgumentError as fault:
                     raise InputError(f"{self.recipe}: {_one_spelling(str(fault))}") from fault
         return super().set_defaults_with_config(**values)
@@ -389,5 +401,5 @@ def parse(
         for name in PATHS & part.__dataclass_fields__.keys():
             if getattr(part, name):
                 paths = getattr(part, name).split(",")  # of --train_file there may be several
-                setattr(part, name, ",".join(map(os.path.expanduser, paths)))
+                setattr(part, name, ",".join(os.path.expanduser(path.strip()) for path in paths))
     return tuple(parsed)

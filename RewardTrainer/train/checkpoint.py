@@ -21,6 +21,7 @@ import copy
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -309,6 +310,26 @@ def normalized(
     return state | folded, RewardScale(scale.mean / scale.std if head == "linear" else 0.0, 1.0)
 
 
+def _of_an_earlier_model(output_dir: Path) -> list[Path]:
+    """What a model saved here before has left, of which the next one may have no like; nothing else that goes by such
+    a name, such as the directory of another run."""
+    file = output_dir / STUDENT_FILE
+    if not file.is_file():
+        return []
+    parts = json.loads(file.read_text(encoding="utf-8")).get("parts", SOME_MODELS_ONLY)
+    return [output_dir / name for name in parts if name in SOME_MODELS_ONLY]
+
+
+def check_output_dir(output_dir: str | Path, models: Sequence[str | None]) -> None:
+    """Raises InputError where saving a model in `output_dir` would take one of these models away."""
+    for path in _of_an_earlier_model(Path(output_dir)):
+        for model in filter(None, models):
+            if Path(model).exists() and path.resolve() in (Path(model).resolve(), *Path(model).resolve().parents):
+                raise InputError(
+                    f"{model} is part of {output_dir}, which this run replaces: give another --output_dir"
+                )
+
+
 def save_student(
     student: RewardStudent,
     tokenizer: PreTrainedTokenizerBase,
@@ -323,9 +344,9 @@ def save_student(
     scale: the student's rewards as measured, for config.json; normalize: fold it into the exported head.
     """
     output_dir = Path(output_dir)
-    for name in SOME_MODELS_ONLY:  # an earlier model's, of which this one may have no like
-        path = output_dir / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in _of_an_earlier_model(output_dir):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    others = [name for name in SOME_MODELS_ONLY if (output_dir / name).exists()]
     state = with_masters(student, student.state_dict() if state is None else state)
     if scale is not None and normalize:
         state, scale = normalized(state, student.head, scale)
@@ -347,10 +368,11 @@ def save_student(
         weights = {k.removeprefix(prefix): v.contiguous() for k, v in state.items() if k.startswith(prefix)}
         (output_dir / LM_HEAD_FILE).parent.mkdir(exist_ok=True)
         save_file(weights, output_dir / LM_HEAD_FILE, metadata={"format": "pt"})
-    facts = {"head": student.head, "lm_head": lm_head}
-    (output_dir / STUDENT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     if save_lm:
         save_causal_lm(student, tokenizer, output_dir / LM_DIR, state)
+    parts = [name for name in SOME_MODELS_ONLY if (output_dir / name).exists() and name not in others]
+    facts = {"head": student.head, "lm_head": lm_head, "parts": parts}
+    (output_dir / STUDENT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def save_causal_lm(

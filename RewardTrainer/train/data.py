@@ -75,7 +75,7 @@ def encode_pairs(rows: Sequence[dict], *arguments, **options) -> tuple[list[Pair
     Each feature also has `pair_index`, its position in the list, and `row_index`, that of its row. A row that is there
     several times (as the same object) is encoded once. Raises InputError if rows were given and none left.
     """
-    features, counts, encoded, equal = [], Counter(pairs=0, truncated=0), {}, []
+    features, counts, encoded, equal = [], Counter(pairs=0, truncated=0), {}, {}
     for index, row in enumerate(rows):
         if id(row) not in encoded:
             encoded[id(row)] = encode_pair(row, *arguments, **options)
@@ -83,20 +83,20 @@ def encode_pairs(rows: Sequence[dict], *arguments, **options) -> tuple[list[Pair
         if isinstance(pair, Dropped):
             counts[pair.reason] += 1
             if pair.reason == "equal_tokens":
-                equal.append(str(row["id"]))
+                equal[id(row)] = str(row["id"])
             continue
         counts["truncated"] += pair["truncated"] > 0
         features.append({**pair, "pair_index": len(features), "row_index": index})
     counts["pairs"] = len(features)
     template = "what differs may be something that the student's chat template leaves out, such as <think>...</think>"
     if equal:
-        named = ", ".join(equal[:NAMED]) + (", ..." if len(equal) > NAMED else "")
+        named = ", ".join(list(equal.values())[:NAMED]) + (", ..." if len(equal) > NAMED else "")
         logger.warning(
             "%d pairs left out, whose chosen and rejected rows are equal tokens: %s; %s", len(equal), named, template
         )
     if rows and not features:
         reasons = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        remedy = template if len(equal) == len(rows) else "raise --max_length"
+        remedy = template if counts["equal_tokens"] == len(rows) else "raise --max_length"
         raise InputError(f"0 of {len(rows)} pairs can be trained on ({reasons}): {remedy}")
     return features, counts
 
@@ -108,6 +108,7 @@ def encode_pair(
     generative: Literal["chosen", "teacher_response"] | None = None,
     max_length: int | None = None,
     overlong: Literal["drop", "truncate_prompt", "error"] = "drop",
+    teacher_max_length: int | None = None,
     teacher_chat_template_kwargs: Mapping = NO_THINKING,
     student_chat_template_kwargs: Mapping = NO_THINKING,
 ) -> PairFeatures | Dropped:
@@ -116,6 +117,7 @@ def encode_pair(
     generative: the field whose text the language-model terms are computed on; None for none.
     teacher_tokenizer: adds the teacher's row; needs `generative`.
     max_length: longest row of the student, in tokens; None for no limit.
+    teacher_max_length: longest row of the teacher.
     overlong: what happens to a pair with a longer row. "truncate_prompt" takes the same number of tokens from the left
         end of the prompt in all rows, so that chosen and rejected are compared under one prompt; a leading BOS stays,
         and no response token goes. The teacher then sees as many prompt tokens as the student.
@@ -150,12 +152,15 @@ def encode_pair(
         teacher_prompt = prompt_ids(teacher_tokenizer, prompt, name, **teacher_chat_template_kwargs)
 
     excess = max(len(ids) for ids in rows.values()) - max_length if max_length is not None else 0
-    if excess > 0:
+    too_long = f"{max_length + excess} tokens, more than --max_length {max_length}; raise it" if excess > 0 else None
+    if teacher_max_length is not None and len(teacher_prompt) + len(response) > teacher_max_length:
+        seen = len(teacher_prompt) + len(response)
+        too_long = too_long or f"{seen} tokens to the teacher, which takes {teacher_max_length}; leave it out"
+        excess = max(excess, len(rows["gen"]) - teacher_max_length)  # it is cut to as many tokens as the student's
+    excess = max(excess, 0)
+    if too_long:
         if overlong == "error":
-            raise InputError(
-                f"{name} has {max_length + excess} tokens, more than --max_length {max_length}; raise it, or use "
-                "--overlong drop or --overlong truncate_prompt"
-            )
+            raise InputError(f"{name} has {too_long}, or use --overlong drop or --overlong truncate_prompt")
         if overlong == "drop":
             return Dropped("overlong")
         # Only what comes before the assistant's turn may go, and never all of it: a response cannot start at 0.
@@ -179,8 +184,8 @@ def encode_pair(
         gen_response_start=start,
         teacher_input_ids=array(None if teacher_prompt is None else teacher_prompt + response),
         teacher_response_start=None if teacher_prompt is None else len(teacher_prompt),
-        prompt_tokens=prompt_length - max(excess, 0),
-        truncated=max(excess, 0),
+        prompt_tokens=prompt_length - excess,
+        truncated=excess,
     )
 
 

@@ -3,7 +3,7 @@ settings and the rows it was made with, or not at all.
 
 SIGTERM or SIGUSR1 to any rank makes all of them finish the optimizer step, save a checkpoint and end with exit code
 143. Further ones change nothing: a scheduler sends its signal to every process, and launchers pass theirs on. Before
-the first step and after the last a signal ends a rank at once, like SIGKILL.
+the first step and after the last SIGTERM ends a rank at once, like SIGKILL.
 """
 
 import hashlib
@@ -130,12 +130,12 @@ def check_resume(checkpoint: str | Path, settings: dict) -> None:
     file = Path(checkpoint) / RUN_FILE
     if not file.exists():
         raise InputError(f"--resume_from_checkpoint: {checkpoint} is no checkpoint of a run ({RUN_FILE} is missing)")
-    before = json.loads(file.read_text(encoding="utf-8"))
     if not (Path(checkpoint) / COMPLETE_FILE).exists():
         raise InputError(
             f"--resume_from_checkpoint: {checkpoint} is not whole: its save was killed, or --save_only_model left the "
             "optimizer out; begin anew"
         )
+    before = json.loads(file.read_text(encoding="utf-8"))
     differences = [
         f"  {name}: {before[name]} there, {settings.get(name)} here"
         for name in before  # a flag that is new since then has no value there

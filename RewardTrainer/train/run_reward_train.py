@@ -39,7 +39,7 @@ from RewardTrainer.train.arguments import DTYPES, DataArguments, DistilConfig, M
 from RewardTrainer.train.batches import Layout, PairCollator
 from RewardTrainer.train.cached_teacher import make_command, open_cache
 from RewardTrainer.train.cached_teacher import teacher_tokenizer as load_teacher_tokenizer
-from RewardTrainer.train.checkpoint import load_student, load_tokenizer
+from RewardTrainer.train.checkpoint import check_output_dir, load_student, load_tokenizer
 from RewardTrainer.train.data import PairFeatures, encode_pairs, load_mixture, parse_weights
 from RewardTrainer.train.data_stats import data_statistics, text_table
 from RewardTrainer.train.interruption import EXIT_CODE, Interrupted, check_resume, run_settings
@@ -78,6 +78,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: DistilConf
     sources = [source.strip() for source in data_args.train_file.split(",")]
     for source in [*sources, *([data_args.eval_file] if data_args.eval_file else [])]:
         check_file(source)
+        if Path(source).resolve() == (Path(args.output_dir) / HELD_OUT_FILE).resolve():
+            raise InputError(f"{source} is what this run replaces: copy it, or give another --output_dir")
+    check_output_dir(args.output_dir, (model_args.model_name_or_path, model_args.teacher_model))
     set_up(model_args, args)
     sft_weight, kl_weight = check_weights(args.loss_type, args.sft_weight, args.kl_weight, args.margin_scale)
     generative = generative_field(args.loss_type, sft_weight, kl_weight)
@@ -141,6 +144,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: DistilConf
         "generative": generative,
         "max_length": data_args.max_length,
         "overlong": data_args.overlong,
+        "teacher_max_length": teacher_limit,
     }
     train_pairs, train_counts = encode_pairs(mixture.train, **encoding)
     eval_pairs, eval_counts = encode_pairs(mixture.held_out, **encoding)
@@ -149,13 +153,6 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: DistilConf
     logger.info("training data: %s", text_table(statistics))
     logger.info("held out: %s", describe(eval_pairs, eval_counts) if eval_pairs else "no rows")
 
-    if teacher_limit is not None:
-        longest = max([*train_pairs, *eval_pairs], key=lambda pair: len(pair["teacher_input_ids"]))
-        if len(longest["teacher_input_ids"]) > teacher_limit:
-            raise InputError(
-                f"row {longest['id']} has {len(longest['teacher_input_ids'])} tokens to the teacher, which takes "
-                f"{teacher_limit}; lower --max_length"
-            )
     if cached is not None:
         cached.check([*train_pairs, *eval_pairs], make_command(model_args, data_args, cached))
         logger.info("teacher: cached, no model in memory; %s", cached.cache.coverage())

@@ -193,8 +193,9 @@ def summary(history: Sequence[Mapping], device: torch.device) -> dict[str, float
 def whole_run(metrics: Mapping[str, float], history: Sequence[Mapping], steps: int, resumed_at: int) -> dict:
     """metrics, which the Trainer gives at the end of a run of so many steps, for one that went on from `resumed_at`.
 
-    Its loss is the mean over the steps taken here; in its place comes that over all logged steps of the run. Speeds
-    stay those of the steps taken here, and are left out where there were none.
+    Its loss is the mean over the steps taken here; in its place comes that over all logged steps of the run (a log is
+    of `loss_steps`, where that is not all since the one before). Speeds stay those of the steps taken here, and are
+    left out where there were none.
     """
     if not resumed_at:
         return dict(metrics)
@@ -203,10 +204,9 @@ def whole_run(metrics: Mapping[str, float], history: Sequence[Mapping], steps: i
     total, logged, latest = 0.0, 0, 0
     for log in history:
         if "loss" in log:
-            # The checkpoint's own steps after its latest log are in none.
-            begin = resumed_at if latest < resumed_at < log["step"] else latest
-            total += log["loss"] * (log["step"] - begin)
-            logged += log["step"] - begin
+            count = log.get("loss_steps", log["step"] - latest)
+            total += log["loss"] * count
+            logged += count
             latest = log["step"]
     if logged:
         figures["train_loss"] = total / logged

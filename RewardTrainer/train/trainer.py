@@ -304,6 +304,9 @@ class DistilTrainer(Trainer):
             pairs = sums.pop("pairs")
             logs |= {name: value / pairs for name, value in sums.items()} | self.speed_since_last_log()
             self._sums = {}
+            latest = max((log["step"] for log in self.state.log_history if "loss" in log), default=0)
+            if latest < self.speed.resumed_at:  # the steps up to the checkpoint that are in no log are lost
+                logs["loss_steps"] = self.state.global_step - self.speed.resumed_at
         if "train_loss" in logs:
             rest = self.speed_since_last_log()
             if rest:

@@ -5,7 +5,7 @@ the host wait for the norm before that, so that the device has nothing to do whe
 is summed in fp32 from the gradients as they are and stays on the device, and the optimizer's kernel divides by it:
 torch's fused ones take a `grad_scale`, as `torch.amp.GradScaler` gives it to them.
 
-DeepSpeed's methods are replaced on the one optimizer. A version that has none of these names does as it always did.
+DeepSpeed's methods are replaced on the one optimizer.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,8 @@ def lighten(zero) -> bool:
             zero.optimizer.grad_scale = torch.where(norm < 0, torch.inf, scale)
 
     ranks = torch.distributed.get_world_size(zero.dp_process_group)
-    if ranks == 1 and not (zero.contiguous_gradients or zero.overlap_comm):
+    plain = zero.gradient_accumulation_dtype == zero.dtype  # another one is filled while gradients are reduced
+    if ranks == 1 and plain and not (zero.contiguous_gradients or zero.overlap_comm):
         zero.reduce_ready_partitions_and_remove_grads = lambda param, group: None  # they are their own mean
     zero.get_grad_norm_direct = norm_in_fp32
     zero.unscale_and_clip_grads = clip_in_the_optimizer

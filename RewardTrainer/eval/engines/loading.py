@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -92,9 +93,11 @@ def from_pretrained(loader: type, name: str, **options: Any) -> Any:
     """`loader.from_pretrained(name, **options)`. Raises InputError, in one line, where transformers gives up."""
     try:
         return loader.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         said = " ".join(str(error).split())
-        if Path(name).is_dir():
+        if Path(name).is_dir() or not isinstance(error, OSError):
             raise InputError(f"{name}: cannot be loaded: {said}") from error
         raise InputError(
             f"{name} is no directory here ({Path.cwd()}) and cannot be fetched from the hub: give a local directory, "
