@@ -143,7 +143,7 @@ def _trial(backbone: PreTrainedModel, kernel: str) -> Verdict:
     apart = distance(behind_the_prompt([base[torch.from_numpy(place).to(base.device)] for place in places]), own)
     with rounding(backbone):
         spread = FLOOR + distance(behind_the_prompt(padded_states(backbone, rows)), own)
-    said = f"{apart:.2g} from padded states, of which rounding alone makes {spread:.2g}"
+    said = f"states are {apart:.2g} from those of padded rows, where rounding makes {spread:.2g}"
     if not apart <= FACTOR * spread:
         return Verdict(f"{name} gives other hidden states on packed rows than on padded ones ({said})")
     return Verdict(misread(backbone, segments), f"{kernel} attention; tried: {said}")

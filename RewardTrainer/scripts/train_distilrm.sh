@@ -61,7 +61,7 @@ if [[ -n "${ZERO:-}" && ! -f "configs/deepspeed/zero$ZERO.json" ]]; then
   exit 2
 fi
 
-launch=()
+launch=(--log_level error) # of the launchers: what they say otherwise is of no use to who trains
 hosts=()
 if [[ -n "${HOSTFILE:-}" ]]; then
   if [[ ! -f "$HOSTFILE" ]]; then # DeepSpeed would train on this machine alone
