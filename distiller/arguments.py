@@ -123,7 +123,10 @@ class StageArguments(FileArguments):
     chat_template_kwargs: str | None = flag(None, "more arguments for the chat template, as a JSON object")
 
     max_model_len: int | None = flag(None, "context in tokens; the model's own unless given")
-    dtype: str = flag("auto", "in process: auto, bfloat16, float16, float32")
+    dtype: str = flag(
+        "auto",
+        "in process: auto (on a CPU bfloat16 where it has that, float32 for tiny models), bfloat16, float16, float32",
+    )
     num_engines: int | None = flag(None, "a pool of so many in-process engines on Ray (RAY_ADDRESS: in a cluster)")
     tensor_parallel_size: int = flag(1, "in process: GPUs the model is spread over, for each engine")
     gpu_memory_utilization: float = flag(0.9, "in process: share of the GPU's memory to take")

@@ -29,7 +29,15 @@ from distiller.chat import OPEN, check_messages, split_thinking
 from distiller.engine import Ask, AskError, Choices, Completion, EngineDead, EngineNotStarted, Sampling
 from distiller.tokens import with_fixed_date
 from distiller.vllm_choices import Weighing
-from distiller.vllm_setup import check_weights, cpu_threads, is_cpu_build, long_rope, prepare_cpu, vllm_version
+from distiller.vllm_setup import (
+    check_weights,
+    cpu_dtype,
+    cpu_threads,
+    is_cpu_build,
+    long_rope,
+    prepare_cpu,
+    vllm_version,
+)
 
 WATCH_SECONDS = 2.0  # how often a running step looks whether the engine process is alive
 COUNTERS = ("vllm:generation_tokens", "vllm:prompt_tokens")
@@ -40,8 +48,8 @@ class VLLMEngine:
     """A `TeacherEngine` on vLLM in process.
 
     model: local directory or hub name. max_model_len: context in tokens, None for the model's own. dtype: "auto" is
-    the model's own on GPU and float32 on CPU. chat_template_kwargs: passed to the chat template, which ignores names
-    it does not know (`{"enable_thinking": False}`). max_num_seqs: sequences decoded at once, None for vLLM's own.
+    the model's own on a GPU and `cpu_dtype` on a CPU. chat_template_kwargs: passed to the chat template, which ignores
+    names it does not know (`{"enable_thinking": False}`). max_num_seqs: sequences decoded at once, None: vLLM's own.
     engine_arguments: more for `vllm.LLM`. Raises EngineNotStarted where the model cannot be loaded.
     """
 
@@ -85,7 +93,7 @@ class VLLMEngine:
             prepare_cpu(cpu_threads(model))
             # Without chunked prefill vLLM itself raises max_num_batched_tokens to max_model_len: no prefill is split.
             arguments |= {"enforce_eager": True, "enable_chunked_prefill": False, "use_tqdm_on_load": False}
-            arguments["dtype"] = "float32" if dtype == "auto" else dtype
+            arguments["dtype"] = cpu_dtype(model) if dtype == "auto" else dtype
             # On CPU that would be a share of the whole RAM; VLLM_CPU_KVCACHE_SPACE says it in GiB.
             arguments.pop("gpu_memory_utilization")
         arguments |= engine_arguments or {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,6 +21,8 @@ CPU_ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+CPU_INFO = Path("/proc/cpuinfo")
+CPU_BF16 = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")  # x86 and ARM
 SMALL_MODEL = 100 << 20  # bytes of weights
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -55,14 +58,30 @@ def cpu_threads(model: str) -> int:
     threads wait for each other by spinning: with another process on one of the cores two are 2.3 times slower than
     one, which a tiny model, with its many short steps, need not risk.
     """
-    directory = Path(model).expanduser()
-    if directory.is_dir() and sum(path.stat().st_size for path in directory.glob("*.safetensors")) < SMALL_MODEL:
+    if _is_small(model):
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # a container's share, of which the affinity knows nothing
         microseconds, period = CPU_QUOTA.read_text().split()
         cores = min(cores, max(1, int(microseconds) // int(period)))
     return cores
+
+
+def cpu_dtype(model: str) -> str:
+    """`--dtype auto` on a CPU: bfloat16 where its instructions are there, float32 on other CPUs and for a tiny model.
+
+    Reading weights is what a step takes most of its time for: Qwen2.5-0.5B writes 1.5 times as many tokens a second.
+    """
+    try:
+        said = CPU_INFO.read_text()
+    except OSError:  # not Linux
+        said = ""
+    return "bfloat16" if CPU_BF16.search(said) and not _is_small(model) else "float32"
+
+
+def _is_small(model: str) -> bool:
+    directory = Path(model).expanduser()
+    return directory.is_dir() and sum(path.stat().st_size for path in directory.glob("*.safetensors")) < SMALL_MODEL
 
 
 def prepare_cpu(threads: int = 1) -> None:

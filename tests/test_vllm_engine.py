@@ -15,12 +15,14 @@ import pytest
 from processes import vllm_server
 from safetensors.numpy import save_file
 
+from distiller import vllm_setup
 from distiller.engine import Ask, AskError, Completion, EngineDead, Sampling
 from distiller.vllm_engine import _Stepper
 from distiller.vllm_setup import (
     CPU_ENVIRONMENT,
     SMALL_MODEL,
     check_weights,
+    cpu_dtype,
     cpu_threads,
     is_cpu_build,
     long_rope,
@@ -256,11 +258,15 @@ def test_the_rotary_factors_of_a_longrope_model_follow_the_context():
     assert long_rope(Qwen2Config().to_dict(), 65) is None and long_rope({}, 65) is None
 
 
-def test_a_tiny_model_takes_one_thread_and_another_one_a_core(tmp_path):
+def test_a_tiny_model_takes_one_thread_and_fp32_and_another_one_a_core_and_bf16(tmp_path, monkeypatch):
     for size, threads in ((SMALL_MODEL - 1, 1), (SMALL_MODEL, len(os.sched_getaffinity(0)))):
         with (tmp_path / "model.safetensors").open("wb") as file:
             file.truncate(size)
         assert cpu_threads(str(tmp_path)) == threads
+        for flags, dtype in (("avx512f avx512_bf16", "bfloat16"), ("avx512f", "float32")):
+            (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+            monkeypatch.setattr(vllm_setup, "CPU_INFO", tmp_path / "cpuinfo")
+            assert cpu_dtype(str(tmp_path)) == ("float32" if size < SMALL_MODEL else dtype)
     assert cpu_threads("someone/on-the-hub") == len(os.sched_getaffinity(0))
 
 
