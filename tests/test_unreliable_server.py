@@ -14,7 +14,7 @@ from processes import ENVIRONMENT, ROOT, vllm_server
 
 pytestmark = pytest.mark.slow
 
-ROWS = 2000
+ROWS = 1000
 REASONS = {
     "429": "^HTTP 429 from the server",
     "500": "^HTTP 500 from the server",
@@ -58,6 +58,6 @@ def test_faults_of_one_request_in_five_cost_no_row_but_those_that_always_fail(tm
 
     said = json.loads(done.stdout.splitlines()[-1])
     faults, ratios = said["faults"], said["ratios"]
-    assert all(faults[kind] > 60 for kind in KINDS) and faults["requests"] > 1.2 * ROWS
+    assert all(faults[kind] > 25 for kind in KINDS) and faults["requests"] > 1.2 * ROWS
     assert said["benchmark"] == "server_faults" and ratios["same_answers"] == 1
     assert ratios["done"] == pytest.approx(len(faulty) / ROWS, abs=1e-4) and ratios["faulty_over_clean_wall_time"] > 0

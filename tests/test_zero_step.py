@@ -12,6 +12,7 @@ from test_launchers import free_port
 DRIVER = Path(__file__).parent / "zero_step_driver.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "configurations"), [(2, "zero1,zero2"), (1, "single,zero2")])
 def test_clipped_and_unclipped_steps_end_where_deepspeeds_own_do(ranks, configurations):
     done = subprocess.run(
