@@ -89,14 +89,20 @@ class Completion:
 class AskError(Exception):
     """This ask alone failed (over-long prompt, HTTP 400, ...). The message is the reason, fit for the failed file.
 
-    An answer that is of no use may have been paid for all the same, hence the tokens; they mean what they mean in a
-    Completion.
+    An answer that is of no use may have been paid for all the same, hence the tokens, which mean what they mean in a
+    Completion, and `raw`: what was said in it.
     """
 
     def __init__(
-        self, reason: str, prompt_tokens: int = 0, completion_tokens: int = 0, cached_tokens: int | None = None
+        self,
+        reason: str,
+        prompt_tokens: int = 0,
+        completion_tokens: int = 0,
+        cached_tokens: int | None = None,
+        raw: str | None = None,
     ) -> None:
         super().__init__(reason)
+        self.raw = raw
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = completion_tokens
         self.cached_tokens = cached_tokens

@@ -7,6 +7,8 @@ written to the failed file and left alone by a rerun; a server that failed must 
 so that a rerun picks up where it stopped. Where the status does not tell, the server is asked something tiny: if it
 meets the same fate, the server is at fault, else the ask.
 
+An error in the body of an answer of status 200 has the status that it stands for (`openai_faults.py`).
+
 | what comes back                    | what happens                                                            |
 |------------------------------------|-------------------------------------------------------------------------|
 | 401, 402, 404                      | the command ends                                                        |
@@ -26,7 +28,6 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from importlib import metadata
@@ -39,13 +40,21 @@ from openai.types.completion_usage import PromptTokensDetails
 
 from distiller.chat import check_messages, split_thinking
 from distiller.engine import Ask, AskError, Completion, EngineDead, EngineNotStarted, Sampling
+from distiller.fields import InputError, content_text
 from distiller.openai_choices import weigh
+from distiller.openai_faults import said, settle_status
 from distiller.usage import Usage
 
 CONNECT_SECONDS = 5.0  # a machine that is off must be found out within a minute, all retries included
 LIST_SECONDS = 10.0  # how long a server gets to list its models
 TRIES = 3
 RETRIED = (408, 409, 429)  # by the client, as 5xx
+FINISH_REASONS = {
+    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence", "end", "complete", "completed"), "stop"),
+    **dict.fromkeys(("length", "max_tokens", "max_output_tokens", "model_length"), "length"),
+    **dict.fromkeys(("content_filter", "safety"), "content_filter"),
+}
+"""As servers write them, in lower case, and OpenAI's own word for the same."""
 TINY = [{"role": "user", "content": "Say yes."}]
 TINY_TOKENS = 16
 TINY_RETRIES = 4  # a server that fails one request in five must not be taken for one that fails them all
@@ -96,6 +105,7 @@ class OpenAIEngine:
             base_url=base_url,
             timeout=openai.Timeout(timeout, connect=CONNECT_SECONDS),
             max_retries=max_retries,
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [settle_status]}),
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="openai-engine", daemon=True)
@@ -145,7 +155,7 @@ class OpenAIEngine:
             if not isinstance(answer, _Passing):
                 break
         if isinstance(answer, AskError):
-            return AskError(str(answer), **usage.tokens)
+            return AskError(str(answer), **usage.tokens, raw=answer.raw)
         return replace(answer, **usage.tokens)
 
     async def _ask_once(self, ask: Ask) -> Completion | AskError:
@@ -182,7 +192,7 @@ class OpenAIEngine:
                     **{field: sampling.max_tokens},
                 )
         except openai.BadRequestError as error:
-            if field != "max_tokens" or "max_completion_tokens" not in error.message:
+            if field != "max_tokens" or "max_completion_tokens" not in error.response.text:
                 raise
         self._length_field = "max_completion_tokens"
         return await self._request(ask, max_retries)
@@ -191,7 +201,7 @@ class OpenAIEngine:
         """The ask's failure, or EngineDead raised where the server is at fault."""
         refused = _refused(error)
         if isinstance(error, openai.APIStatusError):
-            reason = f"HTTP {error.status_code} from the server: {error.message}"
+            reason = f"HTTP {error.status_code} from the server: {said(error.response)}"
             if error.status_code in (401, 402, 404) or await self._fate_of_a_tiny_ask(error) is refused:
                 raise EngineDead(await self._end_for(error)) from error
             return AskError(reason) if refused else _Passing(reason)
@@ -225,26 +235,26 @@ class OpenAIEngine:
             )
         if isinstance(error, openai.APIConnectionError):
             return f"{self.base_url} cannot be reached {retries} ({error.message}). Check that the server runs"
-        said = f"HTTP {error.status_code}: {error.message}"
+        words = f"HTTP {error.status_code}: {said(error.response)}"
         match error.status_code:
             case 401 | 402 | 403:
-                return f"{self.base_url} refused the credentials ({said}). Check OPENAI_API_KEY and the account"
+                return f"{self.base_url} refused the credentials ({words}). Check OPENAI_API_KEY and the account"
             case 404:
                 return (
-                    f"{self.base_url} answered {said}. Check --base_url (it usually ends with /v1) and --model "
+                    f"{self.base_url} answered {words}. Check --base_url (it usually ends with /v1) and --model "
                     f"{self.model}; {await self._served_models()}"
                 )
             case 429:
                 return (
-                    f"{self.base_url} takes no more requests {retries} ({said}). Lower --max_concurrency, or check "
+                    f"{self.base_url} takes no more requests {retries} ({words}). Lower --max_concurrency, or check "
                     "the account's limits"
                 )
         if _refused(error):
             return (
-                f"{self.base_url} refuses every request ({said}). It may not take --top_k, chat template arguments, "
+                f"{self.base_url} refuses every request ({words}). It may not take --top_k, chat template arguments, "
                 "or so large a --max_tokens"
             )
-        return f"{self.base_url} fails every request {retries} ({said}). Check the server"
+        return f"{self.base_url} fails every request {retries} ({words}). Check the server"
 
     async def _served_models(self) -> str:
         try:
@@ -299,31 +309,42 @@ def _completion(response: ChatCompletion) -> Completion | AskError:
         return _Passing("the server's answer holds no message", **tokens)
     extra = choice.message.model_extra or {}
     thinking = extra.get("reasoning_content") or extra.get("reasoning") or None
+    text = raw = _text(choice.message.content)
+    tokens["raw"] = text if isinstance(text, str) and text.strip() else thinking if isinstance(thinking, str) else None
     refusal = f": {choice.message.refusal}" if choice.message.refusal else ""
-    if choice.finish_reason not in ("stop", "length"):
-        kind = AskError if refusal or choice.finish_reason == "content_filter" else _Passing
+    ended = FINISH_REASONS.get(str(choice.finish_reason).casefold())
+    if ended not in ("stop", "length"):
+        kind = AskError if refusal or ended == "content_filter" else _Passing
         return kind(f"the server ended the reply with finish_reason {choice.finish_reason!r}{refusal}", **tokens)
-    text = raw = choice.message.content
     if text is None:
         # A server with a reasoning parser has no content for a reply cut inside its thinking: an empty answer.
-        if not (thinking and choice.finish_reason == "length"):
+        if not (thinking and ended == "length"):
             kind = AskError if refusal else _Passing
             return kind(f"the server's message has no content{refusal}", **tokens)
         text = ""
     if not isinstance(text, str):
         return _Passing(f"the server's message content is a {type(text).__name__}, not a text", **tokens)
+    del tokens["raw"]
     prefix = None
     if thinking is None:
         text, thinking = split_thinking(text, opened=None)
-        if text == raw and choice.finish_reason == "length":
+        if text == raw and ended == "length":
             # The chat template may have opened a thinking that was cut before its end: no answer can be told from it.
             text, thinking = "", raw or None
         prefix = raw[: len(raw) - len(text)]
-    kept = {"finish_reason": choice.finish_reason, "choice_logprobs": None, "prefix": prefix}
+    kept = {"finish_reason": ended, "choice_logprobs": None, "prefix": prefix}
     return Completion(text=text, reasoning=thinking, **kept, **tokens)
 
 
-def _tokens(response: ChatCompletion) -> Mapping[str, int | None]:
+def _text(content: object) -> object:
+    """A message's content; that of parts, if all are text, is their text."""
+    try:
+        return content_text(content) if isinstance(content, list) else content
+    except InputError:
+        return content
+
+
+def _tokens(response: ChatCompletion) -> dict[str, int | None]:
     """The tokens of an answer; 0 (and None for cached ones) where the server does not say."""
     usage = response.usage if isinstance(response.usage, CompletionUsage) else CompletionUsage.model_construct()
     details = usage.prompt_tokens_details

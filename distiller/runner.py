@@ -108,7 +108,7 @@ def ask_until(
     for attempt in range(max_tries):
         reply = yield Ask(messages, ask_seed(seed, row_id, number, attempt))
         if isinstance(reply, AskError):
-            return Failed(str(reply))
+            return Failed(str(reply), reply.raw)
         try:
             parsed = parse(reply)
             return (yield from follow_up(reply)) if follow_up else parsed

@@ -34,6 +34,11 @@ def refusal(status: int, message: str = "no") -> tuple[int, dict]:
     return status, {"error": {"message": message, "type": "error", "param": None, "code": None}}
 
 
+def hidden(code: int | str | None, message: str) -> tuple[int, dict]:
+    """An error in an answer of status 200, as some proxies send it."""
+    return 200, {"error": {"message": message, "code": code}}
+
+
 class Server(ThreadingHTTPServer):
     """Answers each chat request with `script(body)` -> (status, JSON body or raw text).
 
@@ -168,6 +173,7 @@ def test_one_refused_ask_harms_only_itself(server):
 
 
 PASSING = [refusal(408), refusal(429), refusal(500), refusal(502), refusal(503), (CUT, reply()[1])]
+PASSING += [hidden(429, "429"), (200, {"choices": [{"error": {"code": 502, "message": "502"}}]}), (200, "<p>502</p>")]
 
 
 def told(body: dict) -> str:
@@ -183,7 +189,8 @@ def test_a_passing_fault_is_retried_and_a_lasting_one_fails_its_ask_alone(server
     server.script = lambda body: fault if told(body) == "cursed" else reply()
     bad, good = answers(server, [ask("cursed"), ask()], max_retries=1)
     assert isinstance(bad, AskError) and good.text == "yes"
-    assert str(fault[0] or "1 retries") in str(bad)
+    where = {200: "in an answer of status 200", CUT: "1 retries"}
+    assert where.get(fault[0], str(fault[0])) in str(bad)
     assert len([body for body in server.bodies if told(body) == "cursed"]) == 3 * 2  # asked three times, each retried
 
 
@@ -194,6 +201,13 @@ def test_a_passing_fault_is_retried_and_a_lasting_one_fails_its_ask_alone(server
         (refusal(500), "fails every request after 1 retries .*500"),
         (refusal(503, "overloaded"), "fails every request after 1 retries .*503.*overloaded"),
         ((CUT, reply()[1]), "cannot be reached after 1 retries"),
+        (
+            (200, "<html><p>Back soon</p>"),
+            r"fails every request .*\(HTTP 502: Back soon \(in an .* 200\)",
+        ),
+        (hidden(429, "slow down"), r"takes no more requests after 1 retries \(HTTP 429: slow down \(in an answer of"),
+        (hidden("insufficient_quota", "pay"), r"refused the credentials \(HTTP 402: pay"),
+        (hidden(None, "overloaded"), r"fails every request after 1 retries \(HTTP 500: overloaded"),
         (refusal(400, "no top_k here"), "refuses every request .*400.*no top_k here.*--top_k"),
         (refusal(422), "refuses every request .*422"),
     ],
@@ -320,7 +334,6 @@ def test_an_address_without_scheme_is_refused_at_once():
         (200, {"choices": "yes"}),
         (200, {"choices": [{"index": 0, "finish_reason": "stop", "message": "yes"}]}),
         (200, [1]),
-        (200, "<html>welcome</html>"),
         (200, {}),
         reply(content=None),
         reply(content=["half"]),
@@ -333,6 +346,56 @@ def test_a_reply_without_an_answer_is_an_error_and_never_a_text(server, response
     server.script = lambda body: response
     (got,) = answers(server, [ask()])
     assert isinstance(got, AskError)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"message": "no seed here", "type": "x", "code": None}},
+        {"message": "no seed here"},
+        {"detail": "no seed here"},
+        {"detail": [{"loc": ["body", "seed"], "msg": "no seed here"}]},
+        {"error": "no seed here"},
+        ["no seed here"],
+        {"errors": [{"detail": "no seed here"}]},
+        {"odd": "no seed here"},
+        "no seed here",
+        "<html><style>p {}</style><p>no <b>seed</b> here</p></html>",
+        json.dumps("no seed here"),
+        "no seed here " + "and so on " * 10_000,
+    ],
+)
+def test_what_a_server_says_of_a_fault_is_told_in_whatever_form_it_says_it(server, body):
+    server.script = lambda asked: (400, body) if told(asked) == "cursed" else reply()
+    (bad,) = answers(server, [ask("cursed")])
+    assert "no seed here" in str(bad) and len(str(bad)) < 400 and "<" not in str(bad)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("eos", "stop"), ("eos_token", "stop"), ("STOP", "stop"), ("end_turn", "stop"), ("MAX_TOKENS", "length")],
+)
+def test_every_servers_word_for_an_end_is_known(server, theirs, ours):
+    server.script = lambda body: reply("yes</think>", theirs, reasoning_content="why")
+    (got,) = answers(server, [ask()])
+    assert (got.text, got.finish_reason) == ("yes</think>", ours) and len(server.bodies) == 1
+
+
+def test_what_was_paid_for_is_kept_with_the_failure(server):
+    server.script = lambda body: reply("half an answer", "who knows")
+    (got,) = answers(server, [ask()])
+    assert isinstance(got, AskError) and "'who knows'" in str(got) and got.raw == "half an answer"
+    server.script = lambda body: reply(None, reasoning_content="why")
+    (got,) = answers(server, [ask()])
+    assert isinstance(got, AskError) and got.raw == "why"
+
+
+def test_content_in_parts_of_text_is_read(server):
+    parts = [{"type": "text", "text": "half "}, {"type": "text", "text": "and half"}]
+    server.script = lambda body: reply(parts)
+    assert answers(server, [ask()])[0].text == "half and half"
+    server.script = lambda body: reply([*parts, {"type": "image_url", "image_url": {"url": "x"}}])
+    assert isinstance(answers(server, [ask()])[0], AskError)
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])

@@ -1,0 +1,91 @@
+"""What an OpenAI-compatible server says of a fault, wherever and however it says it.
+
+Not every server keeps to statuses. Some proxies answer 200 and put the error into the body
+(`{"error": {"message": ..., "code": 429}}`, or into the choice), others answer 200 with a web page. `settle_status`
+gives such an answer the status that it stands for before the client sees it, so that the client's own retries and all
+that depends on a status hold for it. And there are as many forms of an error's body as there are servers: `said` reads
+the words of any.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+import httpx
+
+MOST = 300
+"""Characters of a body that are shown."""
+STATUSES = {
+    **dict.fromkeys(("invalid_api_key", "authentication_error", "unauthorized", "permission_error"), 401),
+    **dict.fromkeys(("insufficient_quota", "billing_error", "payment_required"), 402),
+    **dict.fromkeys(("model_not_found", "not_found_error", "not_found"), 404),
+    **dict.fromkeys(("invalid_request_error", "context_length_exceeded", "bad_request", "validation_error"), 400),
+    **dict.fromkeys(("rate_limit_exceeded", "rate_limit_error", "too_many_requests"), 429),
+    **dict.fromkeys(("overloaded_error", "overloaded", "service_unavailable"), 503),
+}
+"""What OpenAI and others write as an error's `code` or `type` in place of a number."""
+_WORDS = ("message", "msg", "detail", "error_message", "error", "errors", "title", "reason")
+
+
+async def settle_status(response: httpx.Response) -> None:
+    """An event hook of httpx. Raises what reading the body raises."""
+    if response.status_code == 200:
+        await response.aread()
+        if status := _status(response):
+            response.status_code, response.extensions["sent_with"] = status, 200
+
+
+def _status(response: httpx.Response) -> int | None:
+    """The status that an answer with an error in it stands for; None for an answer."""
+    try:
+        body = json.loads(response.content)
+    except (ValueError, RecursionError):
+        return 502  # a web page, half an answer: what stands between us and the server has said it
+    if not isinstance(body, dict):
+        return None
+    choices = body.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    error = first.get("error") or (None if first else body.get("error"))
+    if not error:
+        return None
+    named = [error.get(key) for key in ("code", "status", "type")] if isinstance(error, dict) else []
+    for value in [*named, body.get("code"), body.get("status")]:
+        if str(value).isdigit() and 400 <= int(value) < 600:
+            return int(value)
+        if isinstance(value, str) and value.casefold() in STATUSES:
+            return STATUSES[value.casefold()]
+    return 500
+
+
+def said(response: httpx.Response) -> str:
+    """What the body says went wrong, on one line, at most `MOST` characters; its beginning, where no words are found
+    in it."""
+    try:
+        text = " ".join(dict.fromkeys(_words(json.loads(response.content)))) or response.text
+    except (ValueError, RecursionError):
+        text = response.text
+        if text.lstrip().startswith("<"):
+            text = re.sub(r"<(script|style)\b.*?</\1>|<[^>]*>", " ", text, flags=re.DOTALL | re.IGNORECASE)
+    text = " ".join(text.split())
+    text = text if len(text) <= MOST else f"{text[:MOST]} ..."
+    return f"{text} (in an answer of status 200)" if "sent_with" in response.extensions else text
+
+
+def _words(body: object) -> list[str]:
+    """The messages in a body: a text, or what stands under one of `_WORDS`, also in a list of such (FastAPI's)."""
+    if isinstance(body, str):
+        return [body] if body.strip() else []
+    if isinstance(body, list):
+        return [word for part in body[:5] for word in _words(part)]
+    if not isinstance(body, dict):
+        return []
+    for choice in body.get("choices") or () if isinstance(body.get("choices"), list) else ():
+        if isinstance(choice, dict) and choice.get("error"):
+            return _words(choice["error"])
+    found = [word for key in _WORDS if key in body for word in _words(body[key])]
+    place = body.get("loc") or body.get("param")
+    if found and place:
+        names = place if isinstance(place, list) else [place]
+        found[0] = f"{'.'.join(map(str, names))}: {found[0]}"
+    return found
