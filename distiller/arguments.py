@@ -22,6 +22,7 @@ from trl import TrlParser
 
 from distiller.engine import Sampling
 from distiller.manifest import hash_file, model_fingerprint
+from distiller.openai_faults import shown_url
 from distiller.records import InputError
 
 
@@ -216,11 +217,11 @@ class StageArguments(FileArguments):
             )
         if self.base_url:
             try:
-                host = urlsplit(self.base_url)
+                host = urlsplit(self.base_url.strip())
                 if host.scheme not in ("http", "https") or not host.hostname or host.port == 0:
                     raise ValueError("it is no address of the form http://host:port/v1")
             except ValueError as fault:
-                raise InputError(f"--base_url {self.base_url}: {fault}") from fault
+                raise InputError(f"--base_url {shown_url(self.base_url)}: {fault}") from fault
         for name in self.named("model"):
             self._check_place(name)
 

@@ -21,7 +21,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from jinja2 import TemplateError
 
@@ -29,6 +28,7 @@ from distiller.arguments import StageArguments, flag, parse_stage_args
 from distiller.dry_run import CountTokens, Preview, dry_run, first_ask
 from distiller.engine import EngineDead, EngineNotStarted, TeacherEngine
 from distiller.manifest import Manifest, made_with
+from distiller.openai_faults import shown_url
 from distiller.records import BadRow, InputError, parse_columns, read_rows, survey
 from distiller.runner import Work, run_stage
 from distiller.store import LineFile
@@ -203,7 +203,7 @@ def _run(args, make_work, stage, reading, rows, preview, input_from, make_engine
     surveys = {name: survey(name) for name in args.named(*args.INPUT_FIELDS)}  # (rows, hash) of each input
     total = len(source) if rows else min(surveys[args.input][0], args.limit or sys.maxsize)
     identity = args.identity(stage, {name: digest for name, (_, digest) in surveys.items()})
-    made = {**made_with(), "base_url": _without_secrets(args.base_url)}
+    made = {**made_with(), "base_url": shown_url(args.base_url) if args.base_url else None}
     manifest = Manifest(identity, made, usage=Usage(price_per_million=args.price_per_million))
     summary = run_stage(
         source,
@@ -266,18 +266,16 @@ def token_counter(args: StageArguments) -> tuple[CountTokens, str]:
 
 
 def resume_command(args: StageArguments, begun: bool) -> str:
-    """The command as it was given; where its work has `begun`, without what would undo or repeat it. A shell script in
-    front of it names itself in RM_DISTILLER_COMMAND."""
+    """The command as it was given, but for what is secret in an address; where its work has `begun`, without what
+    would undo or repeat it. A shell script in front of it names itself in RM_DISTILLER_COMMAND."""
     done = [name for name in ("overwrite", "retry_failed") if begun and getattr(args, name)]
     undo = [word for name in done for word in (f"--{name}", "false")]
     script = os.environ.get("RM_DISTILLER_COMMAND")
     command = ["bash", script] if script else ["python", sys.argv[0]]
-    return shlex.join([*command, *sys.argv[1:], *undo])
+    given = [_shown(word) for word in sys.argv[1:]]
+    return shlex.join([*command, *given, *undo])
 
 
-def _without_secrets(url: str | None) -> str | None:
-    """Scheme, host and path: a user, a password or a key in the query stay out of the manifest."""
-    if not url:
-        return None
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
+def _shown(word: str) -> str:
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + (shown_url(value) if value.startswith(("http://", "https://")) else value)

@@ -17,6 +17,7 @@ import openai
 
 from distiller.choices import ANCHORS, ChoiceTree, Node, anchored, reading_texts, without_anchor
 from distiller.engine import Ask, Completion, EngineDead
+from distiller.openai_faults import shown_url
 
 NOT_THERE = (404, 405, 501)
 
@@ -70,11 +71,11 @@ async def _tokenize(client: openai.AsyncOpenAI, slots: asyncio.Semaphore, body: 
             answer = await client.post(address, body=body, cast_to=object)
     except openai.APIStatusError as error:
         if error.status_code in NOT_THERE:
-            _cannot(client, f"HTTP {error.status_code} from {address}")
+            _cannot(client, f"HTTP {error.status_code} from {shown_url(address)}")
         raise
     tokens = answer.get("tokens") if isinstance(answer, dict) else None
     if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
-        _cannot(client, f"{address} gives no token ids")
+        _cannot(client, f"{shown_url(address)} gives no token ids")
     return tokens
 
 
@@ -106,6 +107,7 @@ async def _next_token(
 
 def _cannot(client: openai.AsyncOpenAI, why: str) -> NoReturn:
     raise EngineDead(
-        f"the server at {client.base_url} cannot weigh the wordings of a grade: {why}. --score_mode expected needs a "
-        "vLLM server of the version this project installs, or the model in process; --score_mode mean works anywhere"
+        f"the server at {shown_url(str(client.base_url))} cannot weigh the wordings of a grade: {why}. --score_mode "
+        "expected needs a vLLM server of the version this project installs, or the model in process; --score_mode "
+        "mean works anywhere"
     )

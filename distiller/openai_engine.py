@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import queue
 import threading
 from concurrent.futures import Future
@@ -42,10 +41,10 @@ from distiller.chat import check_messages, split_thinking
 from distiller.engine import Ask, AskError, Completion, EngineDead, EngineNotStarted, Sampling
 from distiller.fields import InputError, content_text
 from distiller.openai_choices import weigh
-from distiller.openai_faults import said, settle_status
+from distiller.openai_client import cause_of, make_client
+from distiller.openai_faults import said, shown_url, without_key
 from distiller.usage import Usage
 
-CONNECT_SECONDS = 5.0  # a machine that is off must be found out within a minute, all retries included
 LIST_SECONDS = 10.0  # how long a server gets to list its models
 TRIES = 3
 RETRIED = (408, 409, 429)  # by the client, as 5xx
@@ -65,11 +64,12 @@ class _Passing(AskError):
 
 
 class OpenAIEngine:
-    """A `TeacherEngine` on an OpenAI-compatible server. The key is read from OPENAI_API_KEY ("EMPTY" without one).
+    """A `TeacherEngine` on an OpenAI-compatible server (address and key: `openai_client.py`).
 
     base_url: with its `/v1`. max_concurrency: requests in flight at once. timeout: seconds for one try. max_retries:
     tries after the first. chat_template_kwargs: for vLLM and SGLang servers; it and `top_k` are sent only where set,
-    because a hosted API refuses fields it does not know. Raises EngineNotStarted for a base_url that is no address.
+    because a hosted API refuses fields it does not know. Raises EngineNotStarted for an address, a key or an
+    environment that no request can be made with.
     """
 
     def __init__(
@@ -83,13 +83,9 @@ class OpenAIEngine:
         timeout: float = 600.0,
         max_retries: int = 5,
     ) -> None:
-        if not base_url.startswith(("http://", "https://")):
-            raise EngineNotStarted(
-                f"--base_url {base_url!r} must start with http:// or https:// (and usually end with /v1)"
-            )
         self.model = model
         self.sampling = sampling
-        self.base_url = base_url
+        self.base_url = shown_url(base_url)
         self.capacity = max_concurrency
         self._timeout = timeout
         self.template_kwargs = dict(chat_template_kwargs or {})
@@ -100,13 +96,7 @@ class OpenAIEngine:
         self._answered = False  # any ask yet, so that the server is known to take the fields we send
         self._dead: EngineDead | None = None
         self._slots = asyncio.Semaphore(max_concurrency)  # one a request: an ask with choices makes several
-        self._client = openai.AsyncOpenAI(
-            api_key=os.environ.get("OPENAI_API_KEY") or "EMPTY",
-            base_url=base_url,
-            timeout=openai.Timeout(timeout, connect=CONNECT_SECONDS),
-            max_retries=max_retries,
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [settle_status]}),
-        )
+        self._client = make_client(base_url, timeout, max_retries)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="openai-engine", daemon=True)
         self._thread.start()
@@ -117,7 +107,7 @@ class OpenAIEngine:
             asyncio.run_coroutine_threadsafe(self._ask_once(Ask(TINY, 0)), self._loop).result()
         except EngineDead as error:
             self.close()
-            raise EngineNotStarted(str(error)) from error
+            raise EngineNotStarted(without_key(str(error))) from error
 
     def submit(self, key: int, ask: Ask) -> None:
         """Queue one ask; at most `max_concurrency` are sent at once, the others wait. Raises EngineDead."""
@@ -137,7 +127,7 @@ class OpenAIEngine:
             try:
                 results.append((key, future.result()))
             except EngineDead as error:
-                self._dead = error
+                self._dead = EngineDead(without_key(str(error)))
         if self._dead and not results:
             raise self._dead
         return results
@@ -155,7 +145,7 @@ class OpenAIEngine:
             if not isinstance(answer, _Passing):
                 break
         if isinstance(answer, AskError):
-            return AskError(str(answer), **usage.tokens, raw=answer.raw)
+            return AskError(without_key(str(answer)), **usage.tokens, raw=answer.raw)
         return replace(answer, **usage.tokens)
 
     async def _ask_once(self, ask: Ask) -> Completion | AskError:
@@ -207,7 +197,8 @@ class OpenAIEngine:
             return AskError(reason) if refused else _Passing(reason)
         if await self._fate_of_a_tiny_ask(error) is refused:
             raise EngineDead(await self._end_for(error)) from error
-        reason = f"no answer after {self._client.max_retries} retries: {error.message}"
+        why = error.message if isinstance(error, openai.APITimeoutError) else cause_of(error, self.base_url)
+        reason = f"no answer after {self._client.max_retries} retries: {why}"
         return AskError(reason) if isinstance(error, openai.APITimeoutError) else _Passing(reason)
 
     async def _fate_of_a_tiny_ask(self, error: openai.APIError) -> bool | None:
@@ -234,7 +225,8 @@ class OpenAIEngine:
                 "Check the server, raise --timeout, or lower --max_concurrency"
             )
         if isinstance(error, openai.APIConnectionError):
-            return f"{self.base_url} cannot be reached {retries} ({error.message}). Check that the server runs"
+            why = cause_of(error, self.base_url)
+            return f"{self.base_url} cannot be reached {retries} ({why}). Check that the server runs"
         words = f"HTTP {error.status_code}: {said(error.response)}"
         match error.status_code:
             case 401 | 402 | 403:

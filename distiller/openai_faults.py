@@ -4,16 +4,23 @@ Not every server keeps to statuses. Some proxies answer 200 and put the error in
 (`{"error": {"message": ..., "code": 429}}`, or into the choice), others answer 200 with a web page. `settle_status`
 gives such an answer the status that it stands for before the client sees it, so that the client's own retries and all
 that depends on a status hold for it. And there are as many forms of an error's body as there are servers: `said` reads
-the words of any.
+the words of any. What is secret in an address or a message is not shown.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
-import httpx
+if TYPE_CHECKING:  # or httpx2, as the client has it
+    import httpx
 
+KEY = "OPENAI_API_KEY"
+AROUND = "\ufeff \t\r\n"
+"""Not part of the key, wherever it was copied from."""
 MOST = 300
 """Characters of a body that are shown."""
 STATUSES = {
@@ -89,3 +96,20 @@ def _words(body: object) -> list[str]:
         names = place if isinstance(place, list) else [place]
         found[0] = f"{'.'.join(map(str, names))}: {found[0]}"
     return found
+
+
+def shown_url(url: str) -> str:
+    """Scheme, host and path of an address: a user, a password or a key in the query are not shown."""
+    try:
+        parts = urlsplit(url.strip())
+        port = f":{parts.port}" if parts.port else ""
+    except ValueError:
+        return "an address that cannot be read"
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    return f"{parts.scheme}://{host}{port}{parts.path}" if parts.scheme and host else parts.path
+
+
+def without_key(text: str) -> str:
+    """The text, the key in it made unreadable."""
+    key = os.environ.get(KEY, "").strip(AROUND)
+    return text.replace(key, f"[{KEY}]") if len(key) > 3 else text

@@ -53,6 +53,7 @@ class Server(ThreadingHTTPServer):
         self.script: Callable[[dict], tuple[int, dict | str]] = lambda body: reply()
         self.bodies: list[dict] = []
         self.keys: set[str] = set()
+        self.paths: set[str] = set()
         self.now = self.peak = 0
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
@@ -71,6 +72,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.bodies.append(body)
             self.server.keys.add(self.headers["Authorization"])
+            self.server.paths.add(self.path)
             self.server.now += 1
             self.server.peak = max(self.server.peak, self.server.now)
         status, answer = self.server.script(body)
