@@ -94,6 +94,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work_dir", type=Path)
     args = parser.parse_args()
+    if Path(args.model).is_dir():  # the scripts run elsewhere
+        args.model = str(Path(args.model).resolve())
     with tempfile.TemporaryDirectory() as temporary:
         work = (args.work_dir or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
