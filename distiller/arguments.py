@@ -71,10 +71,8 @@ class FileArguments:
                     f"--{name} {value} is out of range (from {low:g}{'' if high is None else f' to {high}'})"
                 )
         self.check_output()
-        sources = {os.path.realpath(name) for name in self.named(*self.INPUT_FIELDS, *self.PROMPT_FIELDS)}
-        for suffix in ("", ".filtered.jsonl", ".failed.jsonl", ".manifest.json"):
-            if os.path.realpath(self.output + suffix) in sources:
-                raise InputError(f"--output {self.output} would write over an input ({self.output + suffix})")
+        for name in self.named(*self.INPUT_FIELDS, *self.PROMPT_FIELDS):
+            check_other_files(self.output, name)
         for name in self.named(*self.INPUT_FIELDS, *self.PROMPT_FIELDS):
             self._check_place(name)
 
@@ -82,6 +80,8 @@ class FileArguments:
         """Raises InputError where the output is there and cannot be what this command writes."""
         if os.path.isdir(self.output):
             raise InputError(f"--output {self.output} is a directory: name a file in it, such as out.jsonl")
+        if self.output == "-" or (os.path.exists(self.output) and not os.path.isfile(self.output)):
+            raise InputError(f"--output {self.output} is no file: rows are written to it and to files beside it")
 
     def _check_place(self, name: str) -> None:
         """Say from where to run, when a relative path is there from the repository root and not from here."""
@@ -92,6 +92,17 @@ class FileArguments:
         """The non-empty names in these fields; a field may hold one or a list."""
         values = [getattr(self, name) for name in fields]
         return [name for value in values for name in (value if isinstance(value, list) else [value]) if name]
+
+
+def check_other_files(output: str, source: str) -> None:
+    """Raises InputError where what is written, `output` or a file beside it, is the file of an input, by any name: by
+    a link of either kind, by another mount of its directory, in other capitals on a file system that folds them."""
+    for suffix in ("", ".filtered.jsonl", ".failed.jsonl", ".manifest.json"):
+        written = output + suffix
+        same = os.path.exists(written) and os.path.exists(source) and os.path.samefile(written, source)
+        if same or os.path.realpath(written) == os.path.realpath(source):
+            names = written if written == source else f"{written} is {source}"
+            raise InputError(f"--output {output} would write over an input ({names})")
 
 
 @dataclass
@@ -134,6 +145,9 @@ class StageArguments(FileArguments):
     enforce_eager: bool = flag(False, "in process: no CUDA graphs; starts sooner, decodes slower")
     max_num_seqs: int | None = flag(None, "in process: sequences decoded at once; vLLM's own unless given")
     trust_remote_code: bool = flag(False, "let the model's repository run its own Python code on this machine")
+    leave_out: list[str] | None = flag(
+        None, "server: fields not to send, of temperature, top_p and seed, to one that refuses them"
+    )
     max_concurrency: int = flag(64, "server: requests in flight at once")
     timeout: float = flag(600.0, "server: seconds until a request is given up and tried again")
     max_retries: int = flag(5, "server: how often the client repeats a request that failed")
@@ -209,6 +223,10 @@ class StageArguments(FileArguments):
         super().validate()
         if self.num_engines and self.base_url:
             raise InputError("--num_engines and --base_url exclude each other: the server has engines of its own")
+        if unknown := set(self.leave_out or ()) - {"temperature", "top_p", "seed"}:
+            raise InputError(
+                f"--leave_out {', '.join(sorted(unknown))}: only temperature, top_p and seed can be left out"
+            )
         prices = self.price_per_million
         if prices is not None and not (len(prices) in (2, 3) and all(0 <= price < math.inf for price in prices)):
             raise InputError(

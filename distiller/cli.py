@@ -62,6 +62,7 @@ def make_engine(args: StageArguments) -> TeacherEngine:
             chat_template_kwargs=args.template_kwargs,
             timeout=args.timeout,
             max_retries=args.max_retries,
+            leave_out=args.leave_out or (),
         )
         if args.overwrite or args.retry_failed:  # rows go next, but not for a server that cannot make new ones
             engine.check()

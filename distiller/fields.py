@@ -180,6 +180,8 @@ def _messages(value: object) -> list[dict]:
         role = message.get("role") if isinstance(message, dict) else None
         if role in ("tool", "function"):
             raise Unfit(f"has a {role} message", "tool use is not supported: tell it as text, or leave the row out")
+        if role == "developer":
+            raise Unfit("has a developer message", 'write "system", which is what chat templates call it')
         if role not in ROLES:
             raise Unfit(f"has a message without a role out of {', '.join(ROLES)}", MESSAGES_FORM)
         messages.append({"role": role, "content": _text(content_text(message.get("content")))})

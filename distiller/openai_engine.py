@@ -26,7 +26,9 @@ from __future__ import annotations
 import asyncio
 import json
 import queue
+import re
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from importlib import metadata
@@ -68,7 +70,9 @@ class OpenAIEngine:
 
     base_url: with its `/v1`. max_concurrency: requests in flight at once. timeout: seconds for one try. max_retries:
     tries after the first. chat_template_kwargs: for vLLM and SGLang servers; it and `top_k` are sent only where set,
-    because a hosted API refuses fields it does not know. Raises EngineNotStarted for an address, a key or an
+    because a hosted API refuses fields it does not know. leave_out: of temperature, top_p and seed, what is not sent.
+    A temperature or top_p of 1, which is what every API takes without the field (but vLLM, which takes the model's
+    own), is left out once the server has refused it. Raises EngineNotStarted for an address, a key or an
     environment that no request can be made with.
     """
 
@@ -82,6 +86,7 @@ class OpenAIEngine:
         chat_template_kwargs: dict | None = None,
         timeout: float = 600.0,
         max_retries: int = 5,
+        leave_out: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.sampling = sampling
@@ -91,6 +96,7 @@ class OpenAIEngine:
         self.template_kwargs = dict(chat_template_kwargs or {})
         # Hosted reasoning models refuse `max_tokens`, some local servers know no other: the first refusal switches.
         self._length_field = "max_tokens"
+        self._left_out = set(leave_out)
         self._finished: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
         self._in_flight = 0
         self._answered = False  # any ask yet, so that the server is known to take the fields we send
@@ -171,20 +177,23 @@ class OpenAIEngine:
         client = self._client if max_retries is None else self._client.with_options(max_retries=max_retries)
         try:
             async with self._slots:
-                field = self._length_field
+                field, left_out = self._length_field, frozenset(self._left_out)
+                drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": ask.seed}
                 return await client.chat.completions.create(
                     model=self.model,
                     messages=ask.messages,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    seed=ask.seed,
+                    **{name: value for name, value in drawn.items() if name not in left_out},
                     extra_body={**top_k, **template} or None,
                     **{field: sampling.max_tokens},
                 )
-        except openai.BadRequestError as error:
-            if field != "max_tokens" or "max_completion_tokens" not in error.response.text:
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            named = {name for name in _fields_named(error) if drawn.get(name) == 1 and name != "seed"} - left_out
+            if field == "max_tokens" and "max_completion_tokens" in error.response.text:
+                self._length_field = "max_completion_tokens"
+            elif named:
+                self._left_out.add(max(named))  # top_p first: some take either, but not both
+            else:
                 raise
-        self._length_field = "max_completion_tokens"
         return await self._request(ask, max_retries)
 
     async def _ask_at_fault(self, error: openai.APIStatusError | openai.APIConnectionError) -> AskError:
@@ -242,10 +251,10 @@ class OpenAIEngine:
                     "the account's limits"
                 )
         if _refused(error):
-            return (
-                f"{self.base_url} refuses every request ({words}). It may not take --top_k, chat template arguments, "
-                "or so large a --max_tokens"
-            )
+            named = _fields_named(error) - self._left_out
+            able = "It may not take --top_k, chat template arguments, or so large a --max_tokens"
+            remedy = f"To send it no such field: --leave_out {' '.join(sorted(named))}" if named else able
+            return f"{self.base_url} refuses every request ({words}). {remedy}"
         return f"{self.base_url} fails every request {retries} ({words}). Check the server"
 
     async def _served_models(self) -> str:
@@ -285,6 +294,11 @@ def _refused(error: openai.APIStatusError | openai.APIConnectionError) -> bool:
     """Whether the server read the request and will not have it; otherwise it fails, or is not there."""
     status = error.status_code if isinstance(error, openai.APIStatusError) else 500
     return status < 500 and status not in RETRIED
+
+
+def _fields_named(error: openai.APIStatusError) -> set[str]:
+    """Which of the fields that can be left out the refusal speaks of."""
+    return set(re.findall(r"\b(temperature|top_p|seed)\b", error.response.text))
 
 
 def _completion(response: ChatCompletion) -> Completion | AskError:

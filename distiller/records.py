@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -278,9 +279,11 @@ def dump_line(row: Mapping) -> bytes:
 def _parse(line: bytes) -> tuple[dict | None, Unfit | None]:
     """(the object, None where there is none; what is wrong)"""
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_object_of)
     except UnicodeDecodeError as error:
         return None, Unfit("not valid UTF-8", f"byte {error.start + 1} of the line; save the file as UTF-8")
+    except Unfit as fault:
+        return None, fault
     except (ValueError, RecursionError) as error:
         if b"\0" in line:
             return None, Unfit("has NUL bytes", "the file was damaged, or is no UTF-8 text: write the line again")
@@ -291,6 +294,15 @@ def _parse(line: bytes) -> tuple[dict | None, Unfit | None]:
     if not isinstance(row, dict):
         return None, Unfit("not a JSON object", f'a line is {{"prompt": ..., ...}}, not {kind_of(row)}')
     return row, None
+
+
+def _object_of(pairs: list[tuple[str, object]]) -> dict:
+    """Raises Unfit for a key that is there twice: json itself would keep the last value without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise Unfit("has a key twice in one object", f"`{twice}`: drop one of them")
+    return found
 
 
 def _has_not_finite(value: object) -> bool:

@@ -129,7 +129,7 @@ def _json_lines(
         return
     file.seek(0)
     for number, line in enumerate(file, 1):
-        line = (line.removeprefix(BOM) if number == 1 else line).strip(b" \t\r\n")
+        line = line.removeprefix(BOM).strip(b" \t\r\n")  # files that were joined have one in the middle, too
         if line:
             yield number, line
 
@@ -221,6 +221,10 @@ def _array(source: str, data: bytes) -> list | None:
 def _dataset(source: str) -> Iterable[dict]:
     """Rows of a directory (of files, or of `save_to_disk`) as `DIR[:split]`, or of a dataset of the hub as
     `owner/name[:split]` or `owner/name:config:split`."""
+    if Path(source).exists() and not Path(source).is_dir():
+        raise InputError(
+            f"{source} is a pipe or a device, and rows are read more than once: write them to a file first"
+        )
     name, *further = [source] if Path(source).is_dir() else source.split(":")
     path = Path(name)
     if not path.is_dir() and (path.suffix in FILE_SUFFIXES or path.is_absolute() or name.startswith(".")):

@@ -68,6 +68,7 @@ class CacheArguments(StageArguments):
     max_tokens_total: int | None = absent(None)
     price_per_million: list[float] | None = absent(None)
     num_engines: int | None = absent(None)
+    leave_out: list[str] | None = absent(None)
     max_concurrency: int = absent(1)
     timeout: float = absent(0.0)
     max_retries: int = absent(0)

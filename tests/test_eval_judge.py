@@ -44,6 +44,9 @@ def item(number: int = 0, chosen: int = 0, responses: tuple[str, ...] = ("good",
     ("reply", "verdict"),
     [
         ("<verdict>A</verdict>", "A"),
+        ("B", "B"),
+        (" Response a\n", "A"),
+        ("tie", TIE),
         ("I weighed both.\n<verdict>\n B \n</verdict>\nDone.", "B"),
         ("<verdict>Response b</verdict>", "B"),
         ("<verdict>TIE</verdict>", TIE),
@@ -60,7 +63,7 @@ def test_the_last_verdict_of_a_reply_counts(form, reply, verdict):
     "reply",
     [
         "",
-        "A",
+        "A, I think",
         "The better one is A.",
         "<verdict></verdict>",
         "<verdict>A",

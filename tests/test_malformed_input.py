@@ -9,6 +9,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import zipfile
 from pathlib import Path
 
@@ -162,7 +163,6 @@ BAD_LINES = {
     "negative score": ({**ROW, "rejected_score": -0.5}, "`rejected_score` is outside [1, 10]", "bring it to that"),
     "score in words": ({**ROW, "rejected_score": "8"}, "`rejected_score` must be a number", "quotation marks"),
     "score as list": ({**ROW, "chosen_score": [8]}, "`chosen_score` must be a number, not a list", "leave it out"),
-    "score NaN": ({**ROW, "rejected_score": float("nan")}, "`rejected_score` is NaN or infinite", "write a number"),
     "score beyond all numbers": (b'{"id": "m", "rejected_score": 1e999}', "is NaN or infinite", "write a number"),
     "score of 400 digits": ({**ROW, "chosen_score": 10**400}, "`chosen_score` is too large", "correct it"),
 }
@@ -273,6 +273,13 @@ BAD_FLAGS = {
     ),
     "columns without a name": (["--columns", "prompt"], "--columns wants ours=theirs"),
     "columns twice": (["--columns", "prompt=a,prompt=b"], "--columns names `prompt` twice"),
+    "a hard link to the input": (["--output", "hard.jsonl", "--overwrite"], "(hard.jsonl is in.jsonl)"),
+    "a link to its directory": (["--output", "here/in.jsonl", "--overwrite"], "(here/in.jsonl is in.jsonl)"),
+    "a failed file that is a link to it": (["--output", "h"], "(h.failed.jsonl is in.jsonl)"),
+    "standard output": (["--output", "-"], "--output - is no file: rows are written to it and to files beside it"),
+    "a device": (["--output", "/dev/null"], "--output /dev/null is no file"),
+    "a pipe": (["--input", "pipe"], "pipe is a pipe or a device, and rows are read more than once"),
+    "unknown field to leave out": (["--leave_out", "top_k"], "only temperature, top_p and seed can be left out"),
     "output equal input": (["--output", "in.jsonl"], "--output in.jsonl would write over an input"),
     "output that is a directory": (["--output", "."], "--output . is a directory: name a file in it"),
     "output whose failed file is the input": (
@@ -288,10 +295,14 @@ def test_a_request_that_cannot_be_met_is_refused_and_nothing_is_written(place, c
     flags, message = BAD_FLAGS[kind]
     for name in ("in.jsonl", "o.failed.jsonl"):
         Path(name).write_bytes(b"".join(line_of({"id": n, **ROW}) + b"\n" for n in range(5)))
-    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    for name in ("hard.jsonl", "h.failed.jsonl"):
+        Path(name).hardlink_to("in.jsonl")
+    Path("here").symlink_to(".")
+    os.mkfifo("pipe")
+    before = {path.name: path.read_bytes() for path in place.iterdir() if path.is_file()}
     assert score(*flags) == 1
     assert message in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in place.iterdir() if path.is_file()} == before
 
 
 BAD_YAML = {

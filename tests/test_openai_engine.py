@@ -433,6 +433,33 @@ def test_a_server_that_wants_max_completion_tokens_is_given_it(server):
     assert len(server.bodies) == 3 and server.bodies[-1]["max_completion_tokens"] == 16
 
 
+def strict(*refused: str):
+    """A server that refuses these fields."""
+
+    def script(body: dict):
+        found = [name for name in refused if name in body]
+        return refusal(400, f"Unsupported parameter: '{found[0]}' is not permitted.") if found else reply()
+
+    return script
+
+
+def test_a_field_of_the_apis_own_value_is_left_out_where_it_is_refused(server):
+    server.script = strict("temperature", "top_p")
+    both = Sampling(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=16)
+    assert [got.text for got in answers(server, [ask(), ask()], both, max_concurrency=1)] == ["yes", "yes"]
+    assert len(server.bodies) == 4 and "seed" in server.bodies[-1]
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_p", "seed"])
+def test_another_field_that_is_refused_is_named_with_its_flag_and_can_be_left_out(server, field):
+    server.script = strict(field)
+    own = Sampling(temperature=0.5, top_p=0.9, top_k=-1, max_tokens=16)
+    with pytest.raises(EngineDead, match=f"'{field}' is not permitted.* --leave_out {field}"):
+        answers(server, [ask()], own)
+    assert answers(server, [ask()], own, leave_out=[field])[0].text == "yes"
+    assert {"temperature", "top_p", "seed"} - server.bodies[-1].keys() == {field}
+
+
 def test_closing_with_asks_in_flight_does_not_hang(server):
     server.script = lambda body: (time.sleep(2.0), reply())[1]
     engine = OpenAIEngine("m", GREEDY, server.url)

@@ -235,3 +235,25 @@ def test_what_is_no_file_is_read_by_the_datasets_library(tmp_path, monkeypatch):
     assert [row["id"] for row in read_rows(f"{folder}:test")] == ["x", "y"]
     with pytest.raises(InputError, match="finds no nosplit data in it"):
         list(read_rows(f"{folder}:nosplit"))
+
+
+def test_a_key_that_is_there_twice_is_told(tmp_path):
+    path = write(tmp_path / "f.jsonl", '{"id": "a", "prompt": "p", "prompt": "q"}', '{"id": "b", "prompt": "p"}')
+    (good,), (bad,) = good_and_bad(path, required={"prompt": ""})
+    assert good["id"] == "b" and bad.reason == "has a key twice in one object" and "`prompt`" in bad.remedy
+    nested = '{"id": "c", "prompt": [{"role": "user", "content": "a", "content": "b"}]}'
+    _, (bad,) = good_and_bad(
+        write(tmp_path / "g.jsonl", nested, '{"id": "b", "prompt": "p"}'), required={"prompt": ""}
+    )
+    assert "`content`" in bad.remedy
+
+
+def test_a_byte_order_mark_in_the_middle_of_joined_files_is_no_part_of_a_row(tmp_path):
+    (tmp_path / "f.jsonl").write_bytes(b'\xef\xbb\xbf{"id": "a"}\n\xef\xbb\xbf{"id": "b"}\n')
+    assert [row["id"] for row in read_rows(tmp_path / "f.jsonl")] == ["a", "b"]
+
+
+def test_a_developers_message_is_named_with_what_to_write(tmp_path):
+    path = write(tmp_path / "f.jsonl", {"id": "a", "prompt": [{"role": "developer", "content": "x"}]}, PAIR)
+    _, (bad,) = good_and_bad(path, required={"prompt": ""})
+    assert bad.reason == "field `prompt` has a developer message" and '"system"' in bad.remedy

@@ -31,7 +31,7 @@ from typing import ClassVar
 
 from tqdm import tqdm
 
-from distiller.arguments import parse_stage_args
+from distiller.arguments import check_other_files, parse_stage_args
 from distiller.manifest import Manifest, hash_file, made_with, model_fingerprint
 from distiller.records import (
     RAW_LIMIT,
@@ -196,8 +196,7 @@ def run(arguments: ScoreFileArguments) -> dict[str, int]:
         if not getattr(arguments, name):
             raise InputError(f"--{name} is needed")
     output = arguments.output or default_output(arguments.input)
-    if Path(output).resolve() == Path(arguments.input).resolve():
-        raise InputError(f"--output {output} would write over the input")
+    check_other_files(output, arguments.input)
     rows = read_rows(arguments.input, parse_columns(arguments.columns), arguments.limit)
     names = [each.name for each in fields(arguments) if each.name not in arguments.HARMLESS]
     identity = {name: getattr(arguments, name) for name in names}

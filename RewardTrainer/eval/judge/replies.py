@@ -7,7 +7,7 @@
 
 Where a tag stands more than once the last one counts, and it must itself hold the answer: a reply whose last tag is
 cut or broken is not read from an earlier one, which the judge may have meant to replace. What cannot be read is never
-guessed from the prose around it.
+guessed from the prose around it. A reply that is a verdict and nothing else needs no tag.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def pairwise_scores(reply: str, shown: int) -> dict:
 
 def pairwise_verdict(reply: str, shown: int) -> dict:
     """{"verdict"}: a letter of those shown, or "tie". Raises ParseError."""
-    inside = in_last_tag(reply, "verdict")
+    inside = reply if _VERDICT.fullmatch(reply) else in_last_tag(reply, "verdict")
     match = _VERDICT.fullmatch(inside)
     if match is None:
         raise ParseError(f"not a verdict in <verdict>: {inside.strip()[:40]!r}")
