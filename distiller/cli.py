@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from jinja2 import TemplateError
 
@@ -156,9 +157,57 @@ def run(
     )
 
 
+class _Patient:
+    """A standard stream of which a line that cannot be written ends nothing: who read it is gone (`| head -1`, a
+    closed terminal), or the disk of the log is full. From then on all goes to /dev/null, that of libraries too."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._to_nowhere():
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._to_nowhere():
+            self._stream.flush()
+
+    @contextmanager
+    def _to_nowhere(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+        except ValueError:  # closed in this process
+            pass
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def patient_streams() -> Iterator[None]:
+    """Inside, stdout and stderr are `_Patient`."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (stream and _Patient(stream) for stream in before)  # None where there is no terminal
+    try:
+        yield
+        sys.stdout and sys.stdout.flush()
+    finally:
+        sys.stdout, sys.stderr = before
+
+
 def exit_code_of(body: Callable[[], int], rest: Callable[[], str]) -> int:
     """The exit code of `body`, what ended it said aloud; `rest` says what is left to do where it did not come to its
     end."""
+    with patient_streams():
+        return _exit_code_of(body, rest)
+
+
+def _exit_code_of(body: Callable[[], int], rest: Callable[[], str]) -> int:
     try:
         with stop_signals():
             return body()
