@@ -134,6 +134,10 @@ class StageArguments(FileArguments):
     enable_thinking: bool | None = flag(None, "true or false, for the chat template (in process: false unless given)")
     chat_template_kwargs: str | None = flag(None, "more arguments for the chat template, as a JSON object")
 
+    thinking_tags: list[str] | None = flag(
+        None, "names of tags around the teacher's thinking, beside think, thinking, thought, thoughts and reasoning"
+    )
+
     max_model_len: int | None = flag(None, "context in tokens; the model's own unless given")
     dtype: str = flag(
         "auto",

@@ -8,13 +8,13 @@ model puts it.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from functools import lru_cache
 
 from distiller.engine import AskError
 
-OPEN, CLOSE = "<think>", "</think>"
+THINKING = ("think", "thinking", "thought", "thoughts", "reasoning")
 ROLES = ("system", "user", "assistant")
-
-_CLOSE_ON_A_LINE = re.compile(r"^[ \t]*</think>[ \t]*$", re.MULTILINE)
 
 
 def check_messages(messages: list[dict]) -> None:
@@ -41,24 +41,66 @@ def check_messages(messages: list[dict]) -> None:
         raise AskError("the last message is empty: there is nothing to answer")
 
 
-def split_thinking(reply: str, opened: bool | None = False) -> tuple[str, str | None]:
-    """Split a raw reply into (answer, thinking); thinking is None where the reply holds none.
+@dataclass(frozen=True)
+class ThinkingMarks:
+    """How a teacher marks its thinking: `<name>...</name>`, `[NAME]...[/NAME]` in any case, by the names, or a channel
+    of the harmony format (gpt-oss), which ends where the next one begins."""
 
-    `opened` says whether the prompt itself ended with `<think>` (some templates do that, and the reply then starts
-    inside the thinking): True, False, or None where the prompt is unknown, as behind a server. With None a reply
-    without `<think>` has thinking only if `</think>` stands alone on a line, the way models write it and prose hardly
-    ever does.
+    opening: re.Pattern
+    closing: re.Pattern
+    alone: re.Pattern
+    """A closing mark that stands alone on its line."""
 
-    A reply cut inside its thinking has an empty answer. A reply without thinking is returned unchanged.
-    """
-    body = reply.lstrip()
-    if body.startswith(OPEN):
-        thinking, closed, answer = body[len(OPEN) :].partition(CLOSE)
-    elif opened:
-        thinking, closed, answer = reply.partition(CLOSE)
-    elif opened is None and (alone := _CLOSE_ON_A_LINE.search(reply)):
-        thinking, closed, answer = reply[: alone.start()], CLOSE, reply[alone.end() :]
-    else:
-        return reply, None
-    # An empty block is what a template with thinking off looks like when the model writes it itself: no thinking.
-    return (answer.lstrip() if closed else ""), (thinking.strip() or None)
+    def split(self, reply: str, opened: bool | None = False) -> tuple[str, str | None]:
+        """Split a raw reply into (answer, thinking); thinking is None where the reply holds none.
+
+        `opened` says whether the prompt itself ended with an opening mark (some templates do that, and the reply then
+        starts inside the thinking): True, False, or None where the prompt is unknown, as behind a server. With None a
+        reply that begins otherwise has thinking only if a closing mark stands alone on a line, the way models write it
+        and prose hardly ever does.
+
+        Several blocks one after the other are all thinking. A reply cut inside its thinking has an empty answer. A
+        reply without thinking is returned unchanged.
+        """
+        thoughts, rest = [], reply
+        if not self.opening.match(reply.lstrip()):
+            first = self.closing if opened else self.alone if opened is None else None
+            end = first and first.search(reply)
+            if end:
+                thoughts, rest = [reply[: end.start()]], reply[end.end() :]
+            elif opened:
+                return "", reply.strip() or None
+        while begin := self.opening.match(rest.lstrip()):
+            body = rest.lstrip()[begin.end() :]
+            end = self.closing.search(body)
+            thoughts.append(body[: end.start()] if end else body)
+            rest = body[end.end() :] if end else ""
+        if not thoughts:
+            return reply, None
+        # An empty block is what a template with thinking off looks like when the model writes it itself: no thinking.
+        return rest.lstrip(), "\n".join(filter(None, map(str.strip, thoughts))) or None
+
+    def opens(self, prompt: str) -> bool:
+        """Whether a prompt ends with an opening mark."""
+        return any(mark.end() == len(prompt.rstrip()) for mark in self.opening.finditer(prompt.rstrip()))
+
+    def left(self, text: str, *known: str) -> str | None:
+        """A mark in the text that is in none of the known ones, where it would be what they speak of."""
+        marks = (mark[0] for pattern in (self.opening, self.closing) for mark in pattern.finditer(text))
+        return next((mark for mark in marks if not any(mark in other for other in known)), None)
+
+
+@lru_cache(maxsize=8)
+def thinking_marks(names: tuple[str, ...] = ()) -> ThinkingMarks:
+    """Of the usual names (`THINKING`) and these."""
+    name = f"(?:{'|'.join(map(re.escape, (*THINKING, *names)))})"
+    start, final = (
+        r"<\|channel\|>analysis<\|message\|>",
+        r"(?:<\|end\|>)?(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>",
+    )
+    closing = rf"</{name}>|\[/{name}\]|{final}"
+    return ThinkingMarks(
+        re.compile(rf"<{name}>|\[{name}\]|{start}", re.IGNORECASE),
+        re.compile(closing, re.IGNORECASE),
+        re.compile(rf"^[ \t]*(?:{closing})[ \t]*\r?$", re.IGNORECASE | re.MULTILINE),
+    )

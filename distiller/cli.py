@@ -64,6 +64,7 @@ def make_engine(args: StageArguments) -> TeacherEngine:
             timeout=args.timeout,
             max_retries=args.max_retries,
             leave_out=args.leave_out or (),
+            thinking_tags=args.thinking_tags or (),
         )
         if args.overwrite or args.retry_failed:  # rows go next, but not for a server that cannot make new ones
             engine.check()
@@ -77,6 +78,7 @@ def make_engine(args: StageArguments) -> TeacherEngine:
         "chat_template_kwargs": args.template_kwargs,
         "trust_remote_code": args.trust_remote_code,
         "max_num_seqs": args.max_num_seqs,
+        "thinking_tags": args.thinking_tags or (),
     }
     if args.num_engines:
         from distiller.ray_engine import RayEngine

@@ -39,7 +39,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionMessage
 from openai.types.chat.chat_completion import Choice
 from openai.types.completion_usage import PromptTokensDetails
 
-from distiller.chat import check_messages, split_thinking
+from distiller.chat import ThinkingMarks, check_messages, thinking_marks
 from distiller.engine import Ask, AskError, Completion, EngineDead, EngineNotStarted, Sampling
 from distiller.fields import InputError, content_text
 from distiller.openai_choices import weigh
@@ -87,6 +87,7 @@ class OpenAIEngine:
         timeout: float = 600.0,
         max_retries: int = 5,
         leave_out: Sequence[str] = (),
+        thinking_tags: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.sampling = sampling
@@ -97,6 +98,7 @@ class OpenAIEngine:
         # Hosted reasoning models refuse `max_tokens`, some local servers know no other: the first refusal switches.
         self._length_field = "max_tokens"
         self._left_out = set(leave_out)
+        self._marks = thinking_marks(tuple(thinking_tags))
         self._finished: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
         self._in_flight = 0
         self._answered = False  # any ask yet, so that the server is known to take the fields we send
@@ -160,7 +162,7 @@ class OpenAIEngine:
             if ask.choices:
                 answer = await weigh(self._client, self._slots, self.model, ask, self.template_kwargs)
             else:
-                answer = _completion(await self._request(ask))
+                answer = _completion(await self._request(ask), self._marks)
         except AskError as refusal:
             return refusal
         except (openai.APIStatusError, openai.APIConnectionError) as error:
@@ -301,7 +303,7 @@ def _fields_named(error: openai.APIStatusError) -> set[str]:
     return set(re.findall(r"\b(temperature|top_p|seed)\b", error.response.text))
 
 
-def _completion(response: ChatCompletion) -> Completion | AskError:
+def _completion(response: ChatCompletion, marks: ThinkingMarks) -> Completion | AskError:
     """The server's answer as ours; token counts are 0 where the server sends none.
 
     What is not there is an AskError, never an empty or invented text. The client validates nothing (a web page comes
@@ -326,6 +328,8 @@ def _completion(response: ChatCompletion) -> Completion | AskError:
         # A server with a reasoning parser has no content for a reply cut inside its thinking: an empty answer.
         if not (thinking and ended == "length"):
             kind = AskError if refusal else _Passing
+            if thinking and not refusal:
+                refusal = ", it is all thinking: switch that off (--enable_thinking false, or the server's own way)"
             return kind(f"the server's message has no content{refusal}", **tokens)
         text = ""
     if not isinstance(text, str):
@@ -333,7 +337,7 @@ def _completion(response: ChatCompletion) -> Completion | AskError:
     del tokens["raw"]
     prefix = None
     if thinking is None:
-        text, thinking = split_thinking(text, opened=None)
+        text, thinking = marks.split(text, opened=None)
         if text == raw and ended == "length":
             # The chat template may have opened a thinking that was cut before its end: no answer can be told from it.
             text, thinking = "", raw or None

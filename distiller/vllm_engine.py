@@ -21,11 +21,12 @@ import queue
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from importlib import metadata
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from distiller.chat import OPEN, check_messages, split_thinking
+from distiller.chat import ThinkingMarks, check_messages, thinking_marks
 from distiller.engine import Ask, AskError, Choices, Completion, EngineDead, EngineNotStarted, Sampling
 from distiller.tokens import with_fixed_date
 from distiller.vllm_choices import Weighing
@@ -50,7 +51,8 @@ class VLLMEngine:
     model: local directory or hub name. max_model_len: context in tokens, None for the model's own. dtype: "auto" is
     the model's own on a GPU and `cpu_dtype` on a CPU. chat_template_kwargs: passed to the chat template, which ignores
     names it does not know (`{"enable_thinking": False}`). max_num_seqs: sequences decoded at once, None: vLLM's own.
-    engine_arguments: more for `vllm.LLM`. Raises EngineNotStarted where the model cannot be loaded.
+    thinking_tags: names of tags around its thinking, beside the usual ones. engine_arguments: more for `vllm.LLM`.
+    Raises EngineNotStarted where the model cannot be loaded.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class VLLMEngine:
         chat_template_kwargs: dict | None = None,
         trust_remote_code: bool = False,
         max_num_seqs: int | None = None,
+        thinking_tags: Sequence[str] = (),
         engine_arguments: dict | None = None,
     ) -> None:
         check_weights(model)
@@ -75,6 +78,7 @@ class VLLMEngine:
                 "lower --max_tokens or raise --max_model_len"
             )
         self.sampling = sampling
+        self._marks = thinking_marks(tuple(thinking_tags))
         self.template_kwargs = dict(chat_template_kwargs or {})
         arguments = {
             "model": str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model,
@@ -172,7 +176,7 @@ class VLLMEngine:
                 "the chat template leaves the system message out: put it into the first user message instead"
             )
         # The template writes BOS itself where the model wants one: adding special tokens again would double it.
-        return self.tokenizer.encode(text, add_special_tokens=False), text.rstrip().endswith(OPEN)
+        return self.tokenizer.encode(text, add_special_tokens=False), self._marks.opens(text)
 
     def submit(self, key: int, ask: Ask) -> None:
         """Queue one ask; one that cannot be asked comes back from `collect` as an AskError. Raises EngineDead."""
@@ -259,7 +263,7 @@ class VLLMEngine:
     def _read(self, output, note: object) -> Completion | AskError | None:
         """What a request's output says; None while others of the same ask are still on their way."""
         if isinstance(note, bool):  # whether the prompt opened the thinking
-            return _completion(output, note)
+            return _completion(output, note, self._marks)
         weighing, node = note
         return weighing.read(output, node)
 
@@ -292,13 +296,13 @@ class VLLMEngine:
         return dict(self._facts)
 
 
-def _completion(output, opened: bool) -> Completion | AskError:
+def _completion(output, opened: bool, marks: ThinkingMarks) -> Completion | AskError:
     """vLLM's RequestOutput as ours."""
     (reply,) = output.outputs
     if reply.finish_reason not in ("stop", "length"):
         tokens = (len(output.prompt_token_ids), len(reply.token_ids), output.num_cached_tokens)
         return AskError(f"vLLM ended the reply with {reply.finish_reason!r}", *tokens)
-    text, reasoning = split_thinking(reply.text, opened)
+    text, reasoning = marks.split(reply.text, opened)
     return Completion(
         text=text,
         reasoning=reasoning,

@@ -69,6 +69,7 @@ class CacheArguments(StageArguments):
     price_per_million: list[float] | None = absent(None)
     num_engines: int | None = absent(None)
     leave_out: list[str] | None = absent(None)
+    thinking_tags: list[str] | None = absent(None)
     max_concurrency: int = absent(1)
     timeout: float = absent(0.0)
     max_retries: int = absent(0)

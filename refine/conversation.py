@@ -82,7 +82,8 @@ def parse_refinement(reply: str) -> tuple[str, str]:
     The rules, for replies whose blocks contain the tags themselves:
 
     1. The diagnosis opens at the first `<diagnosis>`, the refined response closes at the last `</refined>`. What
-       stands before and after is ignored.
+       stands before and after is ignored. Where something stands before, which may speak of the tags, the diagnosis
+       opens at the first one that leaves it well nested.
     2. Between them lies the boundary: a `</diagnosis>` whose next tag is `<refined>`. Where there is only one, that is
        it, and either block may hold any other tags, closed or not.
     3. Where there are several (a block quotes the whole format), the first one that leaves both blocks well nested is
@@ -94,7 +95,8 @@ def parse_refinement(reply: str) -> tuple[str, str]:
     Raises ParseError: a tag is missing, the reply is ambiguous, or a block is empty.
     """
     tags = list(_TAG.finditer(reply))
-    start = next((tag.end() for tag in tags if tag[0] == "<diagnosis>"), None)
+    openers = [tag.end() for tag in tags if tag[0] == "<diagnosis>"]
+    start = next(iter(openers), None)
     if start is None:
         raise ParseError("no <diagnosis> in the reply")
     end = next((tag.start() for tag in reversed(tags) if tag[0] == "</refined>"), None)
@@ -107,6 +109,11 @@ def parse_refinement(reply: str) -> tuple[str, str]:
     if not boundaries:
         raise ParseError("no </diagnosis> followed by <refined> between <diagnosis> and </refined>")
     left, right = _pick_boundary(reply, start, end, boundaries)
+    if not reply.lstrip().startswith("<diagnosis>"):  # what comes before may speak of the tags
+        inside = (
+            opener for opener in openers if opener <= left.start() and _well_nested(reply[opener : left.start()])
+        )
+        start = next(inside, start)
     diagnosis, refined = _unpad(reply[start : left.start()]), _unpad(reply[right.end() : end])
     if not diagnosis.strip():
         raise ParseError("the diagnosis is empty")

@@ -32,9 +32,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from distiller.chat import thinking_marks
 from distiller.cli import StageArguments, flag, parse_stage_args, run
 from distiller.records import InputError, prompt_messages
 from distiller.runner import Done, Failed, Filtered, RowWork, Work, ask_until
+from distiller.templates import conversation_text
 from refine.conversation import read_answer
 
 
@@ -60,6 +62,7 @@ class GenerateArguments(StageArguments):
 
 def make_work(args: GenerateArguments) -> Work:
     """The stage's work on one row."""
+    marks = thinking_marks(tuple(args.thinking_tags or ()))
 
     def work(row: dict) -> RowWork:
         messages = prompt_messages(row["prompt"])
@@ -72,6 +75,8 @@ def make_work(args: GenerateArguments) -> Work:
             return answer
         if answer is None:
             return Filtered(row, "response cut by max_tokens")
+        if mark := marks.left(answer, conversation_text(messages)):
+            return Filtered({**row, "response": answer}, f"thinking is left in the response ({mark})")
         if args.as_teacher_response:
             return Done({**row, "teacher_response": answer})
         return Done({**row, "response": answer, "model": args.model})
@@ -85,9 +90,9 @@ def make_work(args: GenerateArguments) -> Work:
             if isinstance(answer, Failed):
                 return answer
             answers.append(answer)
-        whole = [answer for answer in answers if answer is not None]
+        whole = [answer for answer in answers if answer and not marks.left(answer, conversation_text(messages))]
         if not whole:
-            return Filtered(row, "every response cut by max_tokens")
+            return Filtered(row, "every response cut by max_tokens, or with thinking left in it")
         return Done({**row, "responses": whole, "model": args.model})
 
     return work

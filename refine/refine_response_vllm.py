@@ -37,10 +37,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from distiller.chat import thinking_marks
 from distiller.cli import StageArguments, flag, parse_stage_args, run
 from distiller.records import InputError, prompt_messages, response_text
 from distiller.runner import Done, Failed, Filtered, RowWork, Work, ask_until
-from distiller.templates import load_prompt
+from distiller.templates import conversation_text, load_prompt
 from refine import then_score
 from refine.conversation import (
     REFINE_PROMPT,
@@ -93,6 +94,7 @@ class RefineArguments(StageArguments):
 def make_work(args: RefineArguments) -> Work:
     """The stage's work on one row. Raises PromptError."""
     template = load_prompt(args.prompt_file, REFINE_VARIABLES)
+    marks = thinking_marks(tuple(args.thinking_tags or ()))
 
     def work(row: dict) -> RowWork:
         asking = {"seed": args.seed, "row_id": row["id"], "max_tries": args.max_tries}
@@ -106,6 +108,9 @@ def make_work(args: RefineArguments) -> Work:
         else:
             answer = response_text(row["teacher_response"])
         row = {**row, "teacher_response": answer}
+        said = (conversation_text(prompt_messages(row["prompt"])), rejected)
+        if mark := marks.left(answer, *said):
+            return Filtered(row, f"thinking is left in teacher_response ({mark})")
         if answer.strip() == rejected.strip():
             return Filtered(row, "rejected equals teacher_response")
 
@@ -117,6 +122,10 @@ def make_work(args: RefineArguments) -> Work:
         if refinement is None:
             return Filtered(row, "refinement cut by max_tokens")
         diagnosis, refined = refinement
+        if mark := marks.left(refined, *said, answer):
+            return Filtered(
+                {**row, "diagnosis": diagnosis, "refined_response": refined}, f"thinking is left in the edit ({mark})"
+            )
         similarity = edit_similarity(rejected, refined)
         row |= {"diagnosis": diagnosis, "refined_response": refined, "edit_similarity": similarity}
         reason = useless_because(rejected, refined, answer, similarity, args.min_edit_similarity)

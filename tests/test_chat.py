@@ -2,7 +2,7 @@
 
 import pytest
 
-from distiller.chat import check_messages, split_thinking
+from distiller.chat import check_messages, thinking_marks
 from distiller.engine import AskError
 
 
@@ -37,13 +37,38 @@ def test_a_conversation_that_ends_with_the_assistant_is_refused_and_others_are_n
         ("<think>it went on and", False, "", "it went on and"),
         ("it went on and", True, "", "it went on and"),
         ("<think>a</think>b </think> c", False, "b </think> c", "a"),
+        ("<thinking>why</thinking>answer", None, "answer", "why"),
+        ("[THINK]why[/THINK]answer", False, "answer", "why"),
+        ("<reasoning>\nwhy\n</reasoning>\n\nanswer", None, "answer", "why"),
+        ("<thought>why</thought>answer", None, "answer", "why"),
+        ("<THINK>why</THINK>answer", False, "answer", "why"),
+        ("<think>a</think>\n<think>b</think>\nanswer", False, "answer", "a\nb"),
+        ("<think>a</think>\n<thinking>b", None, "", "a\nb"),
+        ("why\r\n</think>\r\n\r\nanswer", None, "answer", "why"),
+        ("why</think>answer", True, "answer", "why"),
+        ("<mull>why</mull>answer", False, "answer", "why"),
+        ("<|channel|>analysis<|message|>why<|end|><|start|>assistant<|channel|>final<|message|>a", None, "a", "why"),
     ],
 )
 def test_thinking_is_split_off_the_answer(reply, opened, answer, thinking):
-    assert split_thinking(reply, opened) == (answer, thinking)
+    assert thinking_marks(("mull",)).split(reply, opened) == (answer, thinking)
 
 
 @pytest.mark.parametrize("opened", [False, None])
 def test_an_answer_that_quotes_the_thinking_tags_is_left_whole(opened):
     answer = "<refined>Write </think> to close what <think> opened.</refined>"
-    assert split_thinking(answer, opened) == (answer, None)
+    assert thinking_marks().split(answer, opened) == (answer, None)
+
+
+def test_a_mark_that_is_left_is_found_unless_it_is_what_the_conversation_speaks_of():
+    marks = thinking_marks(("mull",))
+    assert marks.left("It is 7.</THINK> So 7.", "What is 3 + 4?") == "</THINK>"
+    assert marks.left("a <mull> b") == "<mull>" and thinking_marks().left("a <mull> b") is None
+    assert marks.left("Write </think>.", "How do I close <think>? By </think>?") is None
+    assert marks.left("I think, [so] <b>I am</b>.") is None
+
+
+def test_a_prompt_that_opens_the_thinking_is_known():
+    marks = thinking_marks()
+    assert marks.opens("<|im_start|>assistant\n<think>\n") and marks.opens("[THINK]")
+    assert not marks.opens("Say <think> twice. <think>x</think>")

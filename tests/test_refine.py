@@ -322,3 +322,28 @@ def test_generated_responses_carry_the_model_or_become_the_teacher_response():
     assert drive(work, ROW, ["He."])[0] == Done({**ROW, "teacher_response": "He."})
     assert drive(work, ROW, [reply("He", "length")])[0] == Filtered(ROW, "response cut by max_tokens")
     assert drive(work, ROW, [AskError("too long")])[0] == Failed("too long", None)
+
+
+@pytest.mark.parametrize(
+    "preamble", ["I write <diagnosis> and <refined> blocks.\n", "First <diagnosis>, then the edit: ", "Sure.\n"]
+)
+def test_a_preamble_that_names_the_tags_is_no_part_of_the_diagnosis(preamble):
+    reply = f"{preamble}<diagnosis>It says 41.</diagnosis><refined>It is 42.</refined>"
+    assert parse_refinement(reply) == ("It says 41.", "It is 42.")
+    quoting = "<diagnosis>It lacks a <diagnosis> tag.</diagnosis><refined>It is 42.</refined>"
+    assert parse_refinement(quoting)[0] == "It lacks a <diagnosis> tag."
+
+
+def test_thinking_that_is_left_is_filtered_with_its_mark():
+    row = {"id": "a", "prompt": "What is 3 + 4?", "chosen": "7", "rejected": "It is 8."}
+    edit = "<diagnosis>Wrong sum.</diagnosis><refined>It is 7.</refined>"
+    work = refine.make_work(refine.RefineArguments(min_edit_similarity=0))
+    outcome, asks = drive(work, row, ["Seven is right.</think> It is 7."])
+    assert isinstance(outcome, Filtered) and outcome.reason == "thinking is left in teacher_response (</think>)"
+    assert len(asks) == 1
+    outcome, _ = drive(work, row, ["It is 7.", edit.replace("It is 7.", "<thinking>So</thinking> It is 7.")])
+    assert isinstance(outcome, Filtered) and outcome.reason == "thinking is left in the edit (<thinking>)"
+    spoken_of = row | {"prompt": "How does </think> work?"}
+    assert isinstance(drive(work, spoken_of, ["</think> closes it, as 7.", edit])[0], Done)
+    own = refine.make_work(refine.RefineArguments(min_edit_similarity=0, thinking_tags=["mull"]))
+    assert drive(own, row, ["a <mull> 7"])[0].reason == "thinking is left in teacher_response (<mull>)"
