@@ -17,6 +17,7 @@ RESPONSE_FIELDS = ("chosen", "rejected", "response", "teacher_response", "refine
 NUMBER_FIELDS = ("chosen_score", "rejected_score", "original_chosen_score", "margin", "edit_similarity")
 TEXT_FIELDS = ("diagnosis",)
 ROLES = ("system", "user", "assistant")
+NOT_PASSED_ON = ("images", "tools")  # TRL's names of what a teacher or a student would have to see beside the text
 NOTHING_IN_IT = "fill it in, or leave the row out"
 _MESSAGES_PRINTED = re.compile(r"\s*\[\s*\{\s*'(?:role|content)'")
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -141,6 +142,9 @@ def split_conversations(row: dict) -> None:
     Beside a `prompt` that they do not begin with they are left as they are: a stage that needs them will say so.
     Raises Unfit.
     """
+    for name in NOT_PASSED_ON:
+        if row.get(name):
+            raise Unfit(f"field `{name}` is not passed on", "only text is: empty the field, or leave the row out")
     _read_dialogues(row)
     whole = {}
     for name in ("chosen", "rejected"):
@@ -180,6 +184,8 @@ def _messages(value: object) -> list[dict]:
         role = message.get("role") if isinstance(message, dict) else None
         if role in ("tool", "function"):
             raise Unfit(f"has a {role} message", "tool use is not supported: tell it as text, or leave the row out")
+        if isinstance(message, dict) and message.get("tool_calls"):
+            raise Unfit("has tool calls", "tool use is not supported: tell it as text, or leave the row out")
         if role == "developer":
             raise Unfit("has a developer message", 'write "system", which is what chat templates call it')
         if role not in ROLES:

@@ -35,6 +35,7 @@ class Manifest:
         """Write it whole or not at all."""
         more = {"retries": self.retries, "usage": self.usage.as_dict(), "made_with": self.made_with}
         text = json.dumps({**self.identity, **more}, indent=2)
+        path = Path(os.path.realpath(path))  # a link stays one
         part = path.with_name(path.name + ".part")
         part.write_text(text + "\n", encoding="utf-8")
         os.replace(part, path)

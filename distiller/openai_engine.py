@@ -110,9 +110,11 @@ class OpenAIEngine:
         self._thread.start()
 
     def check(self) -> None:
-        """Ask something tiny, its answer thrown away. Raises EngineNotStarted where the server answers nobody."""
+        """Ask something tiny, its answer thrown away. Raises EngineNotStarted where the server does not answer it."""
         try:
-            asyncio.run_coroutine_threadsafe(self._ask_once(Ask(TINY, 0)), self._loop).result()
+            answer = asyncio.run_coroutine_threadsafe(self._answer(Ask(TINY, 0)), self._loop).result()
+            if isinstance(answer, AskError):
+                raise EngineDead(f"{self.base_url} does not answer so much as {TINY[0]['content']!r}: {answer}")
         except EngineDead as error:
             self.close()
             raise EngineNotStarted(without_key(str(error))) from error

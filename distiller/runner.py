@@ -110,11 +110,22 @@ def ask_until(
         if isinstance(reply, AskError):
             return Failed(str(reply), reply.raw)
         try:
+            _check_text(reply.text)
             parsed = parse(reply)
             return (yield from follow_up(reply)) if follow_up else parsed
         except ParseError as fault:
             failed = Failed(str(fault), reply.text or reply.reasoning)
     return failed
+
+
+def _check_text(text: str) -> None:
+    """A reply must be what a row may hold. Raises ParseError."""
+    if "\0" in text:
+        raise ParseError("the reply has a NUL character")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as fault:
+        raise ParseError("the reply has a lone surrogate, which is no character") from fault
 
 
 @dataclass(frozen=True)
@@ -211,7 +222,8 @@ def run_stage(
             store.forget_failed(row.id if isinstance(row, BadRow) else row["id"] for row in rows)
         pending = _pending(rows, store)
         if finished := store.counts.total():
-            print(f"{finished} of {total} rows are finished already; going on", file=sys.stderr)
+            # More than all, where --limit is a smaller one now.
+            print(f"{min(finished, total)} of {total} rows are finished already; going on", file=sys.stderr)
         row = next(pending, None)
         if row is not None and budget.allows(0):
             start()

@@ -52,6 +52,7 @@ class LineFile:
         self.path = path
         self.created = not path.exists()
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self.locked = False
 
     def lock(self) -> None:
         """Held until this process ends or closes the file; a forked child does not inherit it. Raises InputError."""
@@ -59,9 +60,15 @@ class LineFile:
             fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not self.path.exists() or not os.path.samestat(os.fstat(self.descriptor), self.path.stat()):
                 raise BlockingIOError("the one who held it took the file away meanwhile")
+            self.locked = True
         except (BlockingIOError, PermissionError) as fault:
             raise InputError(
                 f"another command is writing {self.path} at this moment; let it end, or stop it"
+            ) from fault
+        except OSError as fault:
+            raise InputError(
+                f"{self.path} cannot be locked ({fault.strerror}), as on some network file systems, and two commands "
+                "might write it at once: give an --output on another disk"
             ) from fault
 
     def cut_torn_line(self) -> None:
@@ -97,10 +104,11 @@ class LineFile:
 
     def replace(self, rows: Iterable[dict]) -> None:
         """Put other rows in the file, all or none."""
-        part = self.path.with_name(self.path.name + ".part")
+        path = Path(os.path.realpath(self.path))  # a link stays one
+        part = path.with_name(path.name + ".part")
         with part.open("wb") as file:
             file.writelines(dump_line(row) for row in rows)
-        os.replace(part, self.path)
+        os.replace(part, path)
         self.close()
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
 
@@ -109,7 +117,15 @@ class LineFile:
         return os.fstat(self.descriptor).st_size == 0
 
     def clear(self) -> None:
-        os.ftruncate(self.descriptor, 0)
+        """Put an empty file in its place. The old one is not touched: it may have another name, a hard link, too."""
+        path = Path(os.path.realpath(self.path))  # a link stays one
+        part = path.with_name(path.name + ".part")
+        fresh = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        if self.locked:  # before anybody can open it
+            fcntl.lockf(fresh, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.replace(part, path)
+        self.close()
+        self.descriptor = fresh
 
     def unlink(self) -> None:
         self.path.unlink()

@@ -257,3 +257,20 @@ def test_a_developers_message_is_named_with_what_to_write(tmp_path):
     path = write(tmp_path / "f.jsonl", {"id": "a", "prompt": [{"role": "developer", "content": "x"}]}, PAIR)
     _, (bad,) = good_and_bad(path, required={"prompt": ""})
     assert bad.reason == "field `prompt` has a developer message" and '"system"' in bad.remedy
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"images": ["a.png"]}, "field `images` is not passed on"),
+        ({"tools": [{"name": "f"}]}, "field `tools` is not passed on"),
+        (
+            {"prompt": [{"role": "user", "content": "x", "tool_calls": [{"id": 1}]}]},
+            "field `prompt` has tool calls",
+        ),
+    ],
+)
+def test_what_would_be_dropped_without_a_word_is_refused(tmp_path, more, reason):
+    empty = {"id": "e", **PAIR, "images": [], "tools": None}
+    (good,), (bad,) = good_and_bad(write(tmp_path / "f.jsonl", {**PAIR, **more}, empty), required={"prompt": ""})
+    assert good["id"] == "e" and bad.reason == reason

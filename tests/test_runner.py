@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from distiller import store as store_module
 from distiller.engine import Ask, AskError, Completion, EngineDead, EngineNotStarted
 from distiller.manifest import Manifest, differences
 from distiller.records import BadRow, InputError, read_rows
@@ -517,3 +519,57 @@ def main(command, output, *arguments):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+
+
+def test_what_overwrite_replaces_is_not_touched_under_another_name(tmp_path):
+    output, rows = tmp_path / "o.jsonl", make_rows(20)
+    stage(output, rows)
+    kept = {}
+    for suffix in SUFFIXES:
+        Path(f"{tmp_path}/kept{suffix}").hardlink_to(f"{output}{suffix}")
+        kept[suffix] = Path(f"{output}{suffix}").read_bytes()
+    stage(output, rows[:5], overwrite=True)
+    assert {suffix: Path(f"{tmp_path}/kept{suffix}").read_bytes() for suffix in SUFFIXES} == kept
+    assert sum(map(len, files_of(output).values())) == 5
+    child = start("hold", output)  # the new file is locked as the old one was
+    child.stdout.readline()
+    try:
+        with pytest.raises(InputError, match="another command is writing"):
+            stage(output, rows, overwrite=True)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_links_stay_links(tmp_path):
+    output, rows = tmp_path / "o.jsonl", make_rows(20)
+    (tmp_path / "elsewhere").mkdir()
+    names = [f"o.jsonl{suffix}" for suffix in (*SUFFIXES, ".manifest.json")]
+    for name in names:
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere" / name)
+    stage(output, rows)
+    stage(output, rows, retry_failed=True)
+    stage(output, rows, overwrite=True)
+    assert all((tmp_path / name).is_symlink() and (tmp_path / "elsewhere" / name).exists() for name in names)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(store_module.fcntl, "lockf", refuse)
+    with pytest.raises(InputError, match=r"o.jsonl cannot be locked \(No locks available\).* another disk"):
+        stage(tmp_path / "o.jsonl", make_rows(3))
+
+
+@pytest.mark.parametrize(("text", "why"), [("1:1\0", "a NUL character"), ("1:1\ud800", "a lone surrogate")])
+def test_a_reply_that_no_row_may_hold_is_asked_again(tmp_path, text, why):
+    stage(tmp_path / "o.jsonl", make_rows(1), ScriptedEngine(lambda ask: text))
+    failed = files_of(tmp_path / "o.jsonl")[".failed.jsonl"]["r0"]
+    assert failed["reason"].startswith(f"the reply has {why}")
+
+
+def test_rows_finished_already_are_never_more_than_those_wanted(tmp_path, capsys):
+    stage(tmp_path / "o.jsonl", make_rows(20))
+    stage(tmp_path / "o.jsonl", make_rows(20)[:5])
+    assert "5 of 5 rows are finished already" in capsys.readouterr().err
