@@ -143,6 +143,8 @@ class Summary:
     left: int = 0
     """Rows not begun because the cap on tokens was reached."""
     max_tokens_total: int | None = None
+    unusable: int = 0
+    """Of the failed rows, those that are input lines of no use."""
 
     @property
     def failure_rate(self) -> float:
@@ -166,11 +168,19 @@ class Summary:
         if not self.counts["done"] and self.counts.total():
             lines.append(f"warning: no row is left: {self.output} is empty, the next command has nothing to read")
         if self.failure_rate > self.max_failure_rate:
-            lines.append(
-                f"{self.failure_rate:.1%} of the rows failed, over --max_failure_rate: `reason` and `raw` in "
-                f"{names['failed']} say why (replies of another form than asked for want another prompt, or a "
-                "stronger teacher); the command with --retry_failed, and without --overwrite, runs them again"
-            )
+            said = f"{self.failure_rate:.1%} of the rows failed, over --max_failure_rate: "
+            if self.unusable < self.counts["failed"]:
+                said += (
+                    f"`reason` and `raw` in {names['failed']} say why (replies of another form than asked for want "
+                    "another prompt, or a stronger teacher); the command with --retry_failed, and without "
+                    "--overwrite, runs them again. "
+                )
+            if self.unusable:
+                said += (
+                    f"{self.unusable} are lines that cannot be used: mend them by `remedy`, and put them alone into "
+                    "another file, with an --output of its own"
+                )
+            lines.append(said.strip())
         lines.append(str(self.usage))
         if self.left:
             lines.append(
@@ -216,7 +226,7 @@ def run_stage(
     try:
         store = Store(output, manifest, overwrite=overwrite, open_done=open_done, before_clearing=start)
         budget = Budget(manifest.usage, max_tokens_total)
-        if retry_failed and store.counts["failed"] and budget.allows(0):
+        if retry_failed and store.counts["failed"] > store.unusable and budget.allows(0):
             start()
             store.record_engine(engine.facts())
             store.forget_failed(row.id if isinstance(row, BadRow) else row["id"] for row in rows)
@@ -235,7 +245,7 @@ def run_stage(
             left += store.counts["failed"]
         seconds = time.monotonic() - started
         facts = (store.counts, store.reasons, str(output), seconds, max_failure_rate, manifest.usage)
-        return Summary(*facts, left, max_tokens_total)
+        return Summary(*facts, left, max_tokens_total, store.unusable)
     finally:
         if engine is not None:
             engine.close()

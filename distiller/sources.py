@@ -171,10 +171,12 @@ def _cells(source: str, file: io.BufferedIOBase, delimiter: str) -> Iterator[tup
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
     try:
+        begins = reader.line_num + 1 if reader.fieldnames else 1  # which reads the first line
         for row in reader:
             if None in row:
-                raise InputError(f"{source}, line {reader.line_num}: more cells than the first line has names")
-            yield reader.line_num, {name: cell or None for name, cell in row.items()}
+                raise InputError(f"{source}, line {begins}: more cells than the first line has names")
+            yield begins, {name: cell or None for name, cell in row.items()}
+            begins = reader.line_num + 1  # of rows whose cells have line breaks the first one
     except (csv.Error, UnicodeDecodeError) as fault:
         raise InputError(f"{source}, line {reader.line_num + 1}: no CSV ({fault}); save it again, as UTF-8") from fault
 

@@ -207,6 +207,7 @@ class Store:
         self.manifest.save(self.manifest_path)
         self.finished: set[int] = set()
         self.counts: Counter[str] = Counter()
+        self.unusable = 0  # of the failed rows, those that are input lines of no use: no retry can help them
         self.reasons: dict[str, Counter[str]] = {"filtered": Counter(), "failed": Counter()}
         for kind, file in self.files.items():
             for row in file:
@@ -251,7 +252,7 @@ class Store:
             self.manifest.save(self.manifest_path)
             file.replace(row for row in file if id_key(row["id"]) not in again)
             self.finished -= again
-            self.counts["failed"] = 0
+            self.counts["failed"] = self.unusable = 0
             self.reasons["failed"].clear()
             for row in file:
                 self._count("failed", row)
@@ -268,6 +269,7 @@ class Store:
     def _count(self, kind: str, row: Mapping) -> None:
         self.finished.add(id_key(row["id"]))
         self.counts[kind] += 1
+        self.unusable += kind == "failed" and "line" in row and "remedy" in row
         if kind in self.reasons:
             count_reason(self.reasons[kind], row.get("reason"))
 

@@ -51,7 +51,7 @@ class WholeFiles:
         if there and not overwrite:
             check_same_command(self.paths["done"], Manifest.load(self.manifest_path), self.manifest)
         for part in self.parts.values():
-            part.clear()
+            os.ftruncate(part.descriptor, 0)
 
     def write(self, kind: str, row: Mapping) -> None:
         """Add a row to the file of its kind ("done", "filtered", "failed")."""

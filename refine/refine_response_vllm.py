@@ -136,10 +136,10 @@ def make_work(args: RefineArguments) -> Work:
 
 def preview(args: RefineArguments, row: dict) -> list[list[dict]]:
     """All conversations of a row, for --dry_run; the rejected response stands in for a teacher_response not known
-    yet."""
+    yet, and says so."""
     template = load_prompt(args.prompt_file, REFINE_VARIABLES)
     known = row.get("teacher_response") is not None
-    answer = response_text(row["teacher_response" if known else "rejected"])
+    answer = response_text(row["teacher_response"]) if known else f"(not known yet: {response_text(row['rejected'])})"
     refinement = [refine_messages(template, row, answer)]
     asked_first = [] if known else [prompt_messages(row["prompt"])]
     return asked_first + refinement + (then_score.preview(args.scoring, row, answer) if args.scoring else [])

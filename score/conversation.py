@@ -172,7 +172,8 @@ def position_bias(grades: Grades) -> float:
 
 def bias_line(biases: Sequence[float]) -> str:
     """Said at the end of a command: the mean of the pairs' position biases."""
-    return f"position bias: {sum(biases) / len(biases):+.2f} points for being shown first (averaged out)"
+    mean = round(sum(biases) / len(biases), 2) + 0.0  # no -0.00
+    return f"position bias: {mean:+.2f} points for being shown first (averaged out)"
 
 
 def teacher_report(rows: Iterable[dict]) -> dict[str, float | int | None]:

@@ -573,3 +573,30 @@ def test_rows_finished_already_are_never_more_than_those_wanted(tmp_path, capsys
     stage(tmp_path / "o.jsonl", make_rows(20))
     stage(tmp_path / "o.jsonl", make_rows(20)[:5])
     assert "5 of 5 rows are finished already" in capsys.readouterr().err
+
+
+def test_lines_that_no_retry_can_help_are_told_from_replies_that_one_may(tmp_path):
+    (tmp_path / "in.jsonl").write_text("".join(f'{{"id": "r{n}", "prompt": "1"}}\n' for n in range(3)) + "{torn\n")
+    rows = list(read_rows(tmp_path / "in.jsonl", required={"prompt": ""}))
+    good = ScriptedEngine(lambda ask: "1:1")
+    summary = run_stage(rows, one_ask, lambda: good, tmp_path / "o.jsonl", Manifest({"stage": "test"}), total=4)
+    assert summary.exit_code == 1 and "1 are lines that cannot be used" in str(summary)
+    assert "--retry_failed" not in str(summary)
+    again = run_stage(
+        rows,
+        one_ask,
+        lambda: pytest.fail("loaded"),
+        tmp_path / "o.jsonl",
+        Manifest({"stage": "test"}),
+        total=4,
+        retry_failed=True,
+    )
+    assert again.counts == summary.counts
+    bad = ScriptedEngine(lambda ask: "1:3")
+    summary = run_stage(rows, one_ask, lambda: bad, tmp_path / "p.jsonl", Manifest({"stage": "test"}), total=4)
+    assert "--retry_failed" in str(summary) and "1 are lines that cannot be used" in str(summary)
+
+
+def one_ask(row):
+    reply = yield from ask_until([{"role": "user", "content": row["prompt"]}], parse_number, seed=5, row_id=row["id"])
+    return reply if isinstance(reply, Failed) else Done(row)

@@ -238,3 +238,9 @@ def test_content_parts_of_text_are_their_text(tmp_path):
     (row,) = read_rows(path, required={"prompt": "", "chosen": ""})
     assert prompt_messages(row["prompt"]) == [{"role": "user", "content": "How far?"}]
     assert response_text(row["chosen"]) == "How far?"
+
+
+def test_a_row_of_several_lines_is_named_by_its_first(tmp_path):
+    (tmp_path / "f.csv").write_text('id,prompt\n1,"a\nb\nc"\n2,"d\n"\n3,\n4,e\n')
+    bad = [row for row in read_rows(tmp_path / "f.csv", required={"prompt": ""}) if isinstance(row, BadRow)]
+    assert [(row.id, row.line) for row in bad] == [("3", 7)]

@@ -92,8 +92,8 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
     for c in comparisons:
         (first, second), (low, high) = c.paired.overall, c.paired.interval
         lines.append(
-            f"{c.benchmark}: {c.first} {first:.3f}, {c.second} {second:.3f}, difference {c.paired.difference:+.3f} "
-            f"[{low:+.3f}, {high:+.3f}], p = {c.paired.p_value:.4f} ({c.paired.rows} rows)"
+            f"{c.benchmark}: {c.first} {first:.3f}, {c.second} {second:.3f}; the second minus the first "
+            f"{c.paired.difference:+.3f} [{low:+.3f}, {high:+.3f}], p = {c.paired.p_value:.4f} ({c.paired.rows} rows)"
         )
     return "\n".join(lines)
 

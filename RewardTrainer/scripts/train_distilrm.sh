@@ -30,7 +30,11 @@ gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
 processes="${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}"
 if ((gpus == 0)); then
   export DS_ACCELERATOR=cpu
-  cores="$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
+  # Cores that are idle now: threads wait for each other by spinning, and one whose core is taken makes a step many times
+  # as long. psutil is DeepSpeed's own dependency.
+  idle='import os, psutil; cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+print(round(cores * (1 - psutil.cpu_percent(0.5) / 100)))'
+  cores="$(python -c "$idle")"
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
 fi
 
@@ -61,7 +65,7 @@ if [[ -n "${ZERO:-}" && ! -f "configs/deepspeed/zero$ZERO.json" ]]; then
   exit 2
 fi
 
-launch=(--log_level error) # of the launchers: what they say otherwise is of no use to who trains
+launch=(--log_level critical) # of the launchers: what they say is of no use to who trains
 hosts=()
 if [[ -n "${HOSTFILE:-}" ]]; then
   if [[ ! -f "$HOSTFILE" ]]; then # DeepSpeed would train on this machine alone
@@ -170,4 +174,8 @@ fi
 if ((gpus == 0)) && [[ -z "${HOSTFILE:-}" ]]; then
   rm -f /dev/shm/deepspeed_*_"$MASTER_PORT"_* # 66 MB a rank, which DeepSpeed leaves behind on a CPU
 fi
+case $code in
+  0 | 1 | 2 | 130 | 143) ;; # said by the ranks themselves
+  *) echo "error: training ended with exit code $code (137 and 247: a process was killed, mostly for want of memory)" >&2 ;;
+esac
 exit "${interrupted:-$code}"

@@ -394,8 +394,9 @@ def check_launch(trainer: DistilTrainer) -> None:
         )
     stage = f", ZeRO stage {accelerator.state.deepspeed_plugin.zero_stage}" if args.deepspeed else ""
     logger.info(
-        "%s, %d process(es), %s%s; %d pairs a step",
+        "%s%s, %d process(es), %s%s; %d pairs a step",
         args.device,
+        f" ({torch.get_num_threads()} thread(s) a process)" if args.device.type == "cpu" else "",
         launched,
         accelerator.distributed_type.value,
         stage,

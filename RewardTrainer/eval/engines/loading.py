@@ -116,7 +116,7 @@ def _check_directory(name: str) -> None:
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            remedy = "give the directory the model was saved to"
+            remedy = "give the directory the model was saved to (a training that has not ended has saved none)"
             if (path / "adapter_config.json").is_file():
                 remedy = "merge the LoRA adapter into its base first"
             elif any(path.glob("checkpoint-*")):
