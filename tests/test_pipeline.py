@@ -223,7 +223,7 @@ BAD_REFINED = [
     ('{"id": "torn", "prompt": ', None, "not valid JSON"),
     ({"id": "unrefined", **PAIR, "teacher_response": "t"}, "unrefined", "field `diagnosis` is missing"),
     ({"id": "no edit", **PAIR, **SCORED, "refined_response": " "}, "no edit", "field `refined_response` is empty"),
-    ({"id": "said nothing", **PAIR, **SCORED, "rejected_score": math.nan}, "said nothing", "`rejected_score` is NaN"),
+    ({"id": "said too much", **PAIR, **SCORED, "rejected_score": math.inf}, "said too much", "is NaN or infinite"),
     ({"id": "said eleven", **PAIR, **SCORED, "rejected_score": 11}, "said eleven", "`rejected_score` is outside"),
     (
         {"id": "in words", **PAIR, **SCORED, "rejected_score": "four"},
