@@ -17,7 +17,7 @@ import openai
 
 from distiller.choices import ANCHORS, ChoiceTree, Node, anchored, reading_texts, without_anchor
 from distiller.engine import Ask, Completion, EngineDead
-from distiller.openai_faults import shown_url
+from distiller.openai_faults import is_no_json, shown_url
 
 NOT_THERE = (404, 405, 501)
 
@@ -70,7 +70,7 @@ async def _tokenize(client: openai.AsyncOpenAI, slots: asyncio.Semaphore, body: 
         async with slots:
             answer = await client.post(address, body=body, cast_to=object)
     except openai.APIStatusError as error:
-        if error.status_code in NOT_THERE:
+        if error.status_code in NOT_THERE or is_no_json(error.response):
             _cannot(client, f"HTTP {error.status_code} from {shown_url(address)}")
         raise
     tokens = answer.get("tokens") if isinstance(answer, dict) else None
@@ -94,7 +94,7 @@ async def _next_token(
                 extra_body={"logprob_token_ids": wanted, "return_tokens_as_token_ids": True},
             )
     except openai.APIStatusError as error:
-        if error.status_code in NOT_THERE:
+        if error.status_code in NOT_THERE or is_no_json(error.response):
             _cannot(client, f"HTTP {error.status_code} from /completions")
         raise
     said = answer.model_dump() if isinstance(answer, openai.types.Completion) else {}

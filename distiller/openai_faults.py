@@ -65,6 +65,11 @@ def _status(response: httpx.Response) -> int | None:
     return 500
 
 
+def is_no_json(response: httpx.Response) -> bool:
+    """Whether a web page or the like came with status 200: what a server has for an address that it does not know."""
+    return response.status_code == 502 and "sent_with" in response.extensions
+
+
 def said(response: httpx.Response) -> str:
     """What the body says went wrong, on one line, at most `MOST` characters; its beginning, where no words are found
     in it."""

@@ -133,7 +133,7 @@ def test_preference_reads_a_json_array(tmp_path):
         (pair(7, rejected=5), ["line 2", "`rejected`"]),
         (pair(0), ["line 2", "id"]),
         (pair(7, margin="large"), ["line 2", "`margin`"]),
-        ('{"prompt": "p", "chosen": "a", "rejected": "b", "margin": NaN}', ["line 2", "NaN"]),
+        ('{"prompt": "p", "chosen": "a", "rejected": "b", "margin": Infinity}', ["line 2", "NaN"]),
         (pair(7, margin=10**400), ["line 2", "`margin`"]),
         (pair(7, subset=["x"]), ["row7", "`subset`"]),
         ('{"prompt": "p", "chosen": "\\ud800", "rejected": "b"}', ["line 2", "`chosen`", "surrogate"]),
