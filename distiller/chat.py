@@ -72,7 +72,8 @@ class ThinkingMarks:
                 return "", reply.strip() or None
         while begin := self.opening.match(rest.lstrip()):
             body = rest.lstrip()[begin.end() :]
-            end = self.closing.search(body)
+            ends = (mark for mark in self.closing.finditer(body) if _name(mark[0]) == _name(begin[0]))
+            end = next(ends, None)
             thoughts.append(body[: end.start()] if end else body)
             rest = body[end.end() :] if end else ""
         if not thoughts:
@@ -88,6 +89,11 @@ class ThinkingMarks:
         """A mark in the text that is in none of the known ones, where it would be what they speak of."""
         marks = (mark[0] for pattern in (self.opening, self.closing) for mark in pattern.finditer(text))
         return next((mark for mark in marks if not any(mark in other for other in known)), None)
+
+
+def _name(mark: str) -> str:
+    """What an opening mark and its own closing one have in common."""
+    return "" if "|" in mark else mark.strip("<>[]/").casefold()
 
 
 @lru_cache(maxsize=8)

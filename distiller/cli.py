@@ -202,14 +202,10 @@ def patient_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+@patient_streams()
 def exit_code_of(body: Callable[[], int], rest: Callable[[], str]) -> int:
     """The exit code of `body`, what ended it said aloud; `rest` says what is left to do where it did not come to its
     end."""
-    with patient_streams():
-        return _exit_code_of(body, rest)
-
-
-def _exit_code_of(body: Callable[[], int], rest: Callable[[], str]) -> int:
     try:
         with stop_signals():
             return body()

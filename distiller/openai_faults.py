@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # or httpx2, as the client has it
 KEY = "OPENAI_API_KEY"
 AROUND = "\ufeff \t\r\n"
 """Not part of the key, wherever it was copied from."""
+SETTLED, NO_JSON = "settled", "no_json"  # extensions of a response
 MOST = 300
 """Characters of a body that are shown."""
 STATUSES = {
@@ -40,7 +41,7 @@ async def settle_status(response: httpx.Response) -> None:
     if response.status_code == 200:
         await response.aread()
         if status := _status(response):
-            response.status_code, response.extensions["sent_with"] = status, 200
+            response.status_code, response.extensions[SETTLED] = status, True
 
 
 def _status(response: httpx.Response) -> int | None:
@@ -48,6 +49,7 @@ def _status(response: httpx.Response) -> int | None:
     try:
         body = json.loads(response.content)
     except (ValueError, RecursionError):
+        response.extensions[NO_JSON] = True
         return 502  # a web page, half an answer: what stands between us and the server has said it
     if not isinstance(body, dict):
         return None
@@ -67,7 +69,7 @@ def _status(response: httpx.Response) -> int | None:
 
 def is_no_json(response: httpx.Response) -> bool:
     """Whether a web page or the like came with status 200: what a server has for an address that it does not know."""
-    return response.status_code == 502 and "sent_with" in response.extensions
+    return NO_JSON in response.extensions
 
 
 def said(response: httpx.Response) -> str:
@@ -81,7 +83,7 @@ def said(response: httpx.Response) -> str:
             text = re.sub(r"<(script|style)\b.*?</\1>|<[^>]*>", " ", text, flags=re.DOTALL | re.IGNORECASE)
     text = " ".join(text.split())
     text = text if len(text) <= MOST else f"{text[:MOST]} ..."
-    return f"{text} (in an answer of status 200)" if "sent_with" in response.extensions else text
+    return f"{text} (in an answer of status 200)" if SETTLED in response.extensions else text
 
 
 def _words(body: object) -> list[str]:

@@ -168,6 +168,7 @@ class Rows:
             return fault
         for name, value in row.items():
             if _has_not_finite(value):
+                # NaN alone differs from itself, and stands for nothing where a number may be missing.
                 if name in NUMBER_FIELDS and (name in self.required or (name in self.optional and value == value)):
                     return Unfit(f"field `{name}` is NaN or infinite", "write a number, or null")
                 row[name] = _finite_only(value)

@@ -47,6 +47,7 @@ def test_a_conversation_that_ends_with_the_assistant_is_refused_and_others_are_n
         ("why\r\n</think>\r\n\r\nanswer", None, "answer", "why"),
         ("why</think>answer", True, "answer", "why"),
         ("<mull>why</mull>answer", False, "answer", "why"),
+        ("<think>not </reasoning> yet</think>answer", False, "answer", "not </reasoning> yet"),
         ("<|channel|>analysis<|message|>why<|end|><|start|>assistant<|channel|>final<|message|>a", None, "a", "why"),
     ],
 )

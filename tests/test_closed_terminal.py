@@ -49,6 +49,8 @@ def test_a_log_that_cannot_be_written_ends_no_run(place, server, end):  # noqa: 
 
 
 def test_a_dry_run_whose_reader_has_seen_enough_ends_well(place, server):  # noqa: F811
+    long = {"id": "long", "prompt": "more than a pipe holds " * 10_000}
+    (place / "in.jsonl").write_text(json.dumps(long) + "\n")
     process = start(server, subprocess.PIPE, "--dry_run", stdout=subprocess.PIPE)
     assert process.stdout.readline()
     process.stdout.close()

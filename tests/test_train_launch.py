@@ -81,6 +81,12 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def wait_for_a_step(process: subprocess.Popen, log: Path) -> None:
+    while "'loss'" not in log.read_text(errors="replace"):
+        assert process.poll() is None, log.read_text(errors="replace")[-4000:]
+        time.sleep(0.01)
+
+
 def logged(output: Path) -> list[dict]:
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return [log for log in history if "loss" in log]
@@ -146,9 +152,7 @@ def test_sigterm_saves_a_checkpoint_that_goes_on_as_if_nothing_had_happened(worl
     long = ["--save_strategy", "no"]  # nothing but the signal saves
     process = launch(world, output, *long, zero=3, wait=False)
     log = output.with_suffix(".log")
-    while "'loss'" not in log.read_text(errors="replace"):
-        assert process.poll() is None, log.read_text(errors="replace")[-4000:]
-        time.sleep(0.01)
+    wait_for_a_step(process, log)
     tree = psutil.Process(process.pid).children(recursive=True)
     ranks = [member for member in tree if not member.children()]
     assert len(ranks) == 2
@@ -175,9 +179,7 @@ def test_sigterm_saves_a_checkpoint_that_goes_on_as_if_nothing_had_happened(worl
 def test_a_script_that_is_killed_outright_with_its_group_leaves_no_rank(world, tmp_path):
     process = launch(world, tmp_path / "out", zero=2, wait=False)
     log = tmp_path / "out.log"
-    while "'loss'" not in log.read_text(errors="replace"):
-        assert process.poll() is None, log.read_text(errors="replace")[-4000:]
-        time.sleep(0.01)
+    wait_for_a_step(process, log)
     tree = psutil.Process(process.pid).children(recursive=True)
     assert tree
     os.killpg(process.pid, signal.SIGKILL)  # as `timeout --kill-after` does
@@ -189,9 +191,7 @@ def test_a_script_that_is_killed_outright_with_its_group_leaves_no_rank(world, t
 def test_ctrl_c_ends_every_process_with_its_own_exit_code(world, tmp_path):
     process = launch(world, tmp_path / "out", zero=2, wait=False)
     log = tmp_path / "out.log"
-    while "'loss'" not in log.read_text(errors="replace"):
-        assert process.poll() is None, log.read_text(errors="replace")[-4000:]
-        time.sleep(0.01)
+    wait_for_a_step(process, log)
     tree = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     assert process.wait(timeout=120) == 130, log.read_text(errors="replace")[-4000:]

@@ -87,7 +87,7 @@ class ModelArguments:
     )
     model_revision: str = field(default="main", metadata={"help": "Hub revision of the student."})
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with the models. Said aloud when on."}
+        default=False, metadata={"help": "Run Python code that comes with the models; a warning says so."}
     )
 
     def __post_init__(self):

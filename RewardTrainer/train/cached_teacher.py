@@ -153,7 +153,7 @@ def _inputs(cache: LogprobCache) -> list[str]:
 def teacher_tokenizer(cached: CachedTeacher, model_args: ModelArguments) -> PreTrainedTokenizerBase:
     """The tokenizer of the teacher that the cache was made from.
 
-    Raises InputError where it is not to be had, or --teacher_model is another teacher.
+    Raises InputError where it cannot be loaded, or --teacher_model is another teacher.
     """
     info, given = cached.cache.info, model_args.teacher_model
     code = {"trust_remote_code": model_args.trust_remote_code}
@@ -165,7 +165,7 @@ def teacher_tokenizer(cached: CachedTeacher, model_args: ModelArguments) -> PreT
         return with_fixed_date(AutoTokenizer.from_pretrained(local or info.model, **code))
     except (OSError, ValueError) as fault:
         raise InputError(
-            f"{cached.cache.path} was made from {info.model}, whose tokenizer is not to be had ({fault}); say where "
+            f"{cached.cache.path} was made from {info.model}, whose tokenizer cannot be loaded ({fault}); say where "
             "it is with --teacher_model: nothing else of the teacher is loaded"
         ) from fault
 
