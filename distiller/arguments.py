@@ -97,7 +97,7 @@ class FileArguments:
 def check_other_files(output: str, source: str) -> None:
     """Raises InputError where what is written, `output` or a file beside it, is the file of an input, by any name: by
     a link of either kind, by another mount of its directory, in other capitals on a file system that folds them."""
-    for suffix in ("", ".filtered.jsonl", ".failed.jsonl", ".manifest.json"):
+    for suffix in ("", ".filtered.jsonl", ".failed.jsonl", ".new.failed.jsonl", ".manifest.json"):
         written = output + suffix
         same = os.path.exists(written) and os.path.exists(source) and os.path.samefile(written, source)
         if same or os.path.realpath(written) == os.path.realpath(source):

@@ -20,6 +20,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -66,7 +67,7 @@ def make_engine(args: StageArguments) -> TeacherEngine:
             leave_out=args.leave_out or (),
             thinking_tags=args.thinking_tags or (),
         )
-        if args.overwrite or args.retry_failed:  # rows go next, but not for a server that cannot make new ones
+        if args.retry_failed:  # failed rows go next, but not for a server that cannot make new ones
             engine.check()
         return engine
     options = {
@@ -143,20 +144,22 @@ def run(
     many rows failed.
     """
     reading = {"required": required, "optional": optional, "ranges": ranges}
-    build, up = engine or make_engine, []
+    begun = []  # what a rerun with the same flags would undo or repeat
 
-    def start() -> TeacherEngine:
-        engine = build(args)
-        up.append(True)
-        return engine
+    def body() -> int:
+        start = partial(engine or make_engine, args)
+        return _run(args, make_work, stage, reading, rows, preview, input_from, start, open_done, report, begun)
 
-    return exit_code_of(
-        lambda: _run(args, make_work, stage, reading, rows, preview, input_from, start, open_done, report),
-        lambda: (
-            f"{'Finished rows are on disk' if Path(args.output).exists() else 'No row was finished'}. "
-            f"To go on, run: {resume_command(args, bool(up))}"
-        ),
-    )
+    def rest() -> str:
+        if not Path(args.output).exists():
+            state = "No row was finished"
+        elif args.overwrite and not begun:
+            state = "The earlier rows are as they were"
+        else:
+            state = "Finished rows are on disk"
+        return f"{state}. To go on, run: {resume_command(args, bool(begun))}"
+
+    return exit_code_of(body, rest)
 
 
 class _Patient:
@@ -228,7 +231,7 @@ def exit_code_of(body: Callable[[], int], rest: Callable[[], str]) -> int:
     return code
 
 
-def _run(args, make_work, stage, reading, rows, preview, input_from, make_engine, open_done, report) -> int:
+def _run(args, make_work, stage, reading, rows, preview, input_from, make_engine, open_done, report, begun) -> int:
     args.validate()
     if args.trust_remote_code:
         print(f"warning: --trust_remote_code runs Python code of {args.model} on this machine", file=sys.stderr)
@@ -265,9 +268,10 @@ def _run(args, make_work, stage, reading, rows, preview, input_from, make_engine
         retry_failed=args.retry_failed,
         open_done=open_done,
         max_tokens_total=args.max_tokens_total,
+        on_begun=lambda: begun.append(True),
     )
     print(summary, file=sys.stderr)
-    if report and (said := str(report())):
+    if report and not summary.waiting and (said := str(report())):
         print(said, file=sys.stderr)
     return summary.exit_code
 

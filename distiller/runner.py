@@ -145,6 +145,8 @@ class Summary:
     max_tokens_total: int | None = None
     unusable: int = 0
     """Of the failed rows, those that are input lines of no use."""
+    waiting: str | None = None
+    """Where the failed rows are, when the output is still that of an earlier run (see `Store`)."""
 
     @property
     def failure_rate(self) -> float:
@@ -152,7 +154,7 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        if self.failure_rate > self.max_failure_rate:
+        if self.failure_rate > self.max_failure_rate or (self.waiting and not self.left):
             return 1
         return CAPPED if self.left else 0
 
@@ -160,20 +162,22 @@ class Summary:
         names = {
             "done": self.output,
             "filtered": f"{self.output}.filtered.jsonl",
-            "failed": f"{self.output}.failed.jsonl",
+            "failed": self.waiting or f"{self.output}.failed.jsonl",
         }
         lines = [f"{self.counts[kind]} rows {kind}: {path}" for kind, path in names.items() if self.counts[kind]]
         for kind, reasons in self.reasons.items():
             lines += [f"  {kind}: {count} x {reason}" for reason, count in reasons.most_common(10)]
-        if not self.counts["done"] and self.counts.total():
+        if self.waiting:
+            lines.append(f"warning: not one new row can be used: {self.output} is the earlier one, as it was")
+        elif not self.counts["done"] and self.counts.total():
             lines.append(f"warning: no row is left: {self.output} is empty, the next command has nothing to read")
         if self.failure_rate > self.max_failure_rate:
             said = f"{self.failure_rate:.1%} of the rows failed, over --max_failure_rate: "
             if self.unusable < self.counts["failed"]:
+                again = "same command" if self.waiting else "command with --retry_failed, and without --overwrite,"
                 said += (
                     f"`reason` and `raw` in {names['failed']} say why (replies of another form than asked for want "
-                    "another prompt, or a stronger teacher); the command with --retry_failed, and without "
-                    "--overwrite, runs them again. "
+                    f"another prompt, or a stronger teacher); the {again} runs them again. "
                 )
             if self.unusable:
                 said += (
@@ -185,7 +189,7 @@ class Summary:
         if self.left:
             lines.append(
                 f"stopped at --max_tokens_total {self.max_tokens_total} with {self.left} rows left; the same command "
-                "with a higher one, and without --overwrite, goes on"
+                f"with a higher one{'' if self.waiting else ', and without --overwrite,'} goes on"
             )
         return "\n".join([*lines, f"finished in {_duration(self.seconds)}"])
 
@@ -204,12 +208,14 @@ def run_stage(
     max_tokens_total: int | None = None,
     progress_seconds: float = 5.0,
     open_done: Callable[[Path], LineFile] = LineFile,
+    on_begun: Callable[[], object] = lambda: None,
 ) -> Summary:
     """Run `work` on every row that has no line yet in the output, the filtered or the failed file.
 
     `rows` is iterated lazily (twice with `retry_failed`), each with a unique "id"; `total` is their number, for the
     progress line. `make_engine` is called once a row needs it: nothing is loaded when the run is refused or all is
-    done; what `overwrite` replaces and `retry_failed` runs again stays on disk until the engine is up.
+    done; what `retry_failed` runs again stays on disk until the engine is up, and what `overwrite` replaces until there
+    is a row to put in its place. `on_begun` is called at the end, however it comes, where either was done.
     `max_tokens_total` caps the tokens of this output, those of earlier runs included (see `Budget`). `open_done` is
     `Store`'s. An InputError or ParseError that leaves `work` fails its row; any other exception is a fault of the
     program and ends the run, as EngineDead does; what is finished stays on disk. Raises InputError for a run that is
@@ -224,12 +230,13 @@ def run_stage(
         engine = engine or make_engine()
 
     try:
-        store = Store(output, manifest, overwrite=overwrite, open_done=open_done, before_clearing=start)
+        store = Store(output, manifest, overwrite=overwrite, open_done=open_done)
         budget = Budget(manifest.usage, max_tokens_total)
         if retry_failed and store.counts["failed"] > store.unusable and budget.allows(0):
             start()
             store.record_engine(engine.facts())
             store.forget_failed(row.id if isinstance(row, BadRow) else row["id"] for row in rows)
+            on_begun()
         pending = _pending(rows, store)
         if finished := store.counts.total():
             # More than all, where --limit is a smaller one now.
@@ -245,11 +252,14 @@ def run_stage(
             left += store.counts["failed"]
         seconds = time.monotonic() - started
         facts = (store.counts, store.reasons, str(output), seconds, max_failure_rate, manifest.usage)
-        return Summary(*facts, left, max_tokens_total, store.unusable)
+        waiting = str(store.waiting.path) if store.waiting else None
+        return Summary(*facts, left, max_tokens_total, store.unusable, waiting)
     finally:
         if engine is not None:
             engine.close()
         if store is not None:
+            if overwrite and store.begun:
+                on_begun()
             store.close()
 
 

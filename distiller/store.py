@@ -7,6 +7,9 @@ the last line of a file can be torn; on opening, a torn line is cut off, and its
 is read from the files themselves, there is no second book that could disagree. And one process at a time: a lock on
 the output refuses the second.
 
+What `overwrite` replaces stays until the first new row is there that is worth keeping: a teacher of which nothing can be
+used must not cost the rows of an earlier one. Rows that fail until then wait in `<output>.new.failed.jsonl`.
+
 A kill loses nothing; a power cut may lose the last rows the operating system had not yet put on disk (there is no
 fsync), and those run again. The tokens used are written into the manifest five times a second: a kill loses the count
 of the last moment and of the asks then in flight, nothing else does.
@@ -167,14 +170,12 @@ class Store:
         *,
         overwrite: bool = False,
         open_done: Callable[[Path], LineFile] = LineFile,
-        before_clearing: Callable[[], object] = lambda: None,
     ):
-        """`open_done` opens what the finished rows go to: a LineFile, or what else has its methods. With `overwrite`,
-        `before_clearing` is called before rows that are there are thrown away; where it raises, they stay.
-
-        Raises InputError when the files belong to a run whose result would differ, or are in use.
+        """`open_done` opens what the finished rows go to: a LineFile, or what else has its methods. Raises InputError when the files belong to a run whose result would differ, or are in use.
         """
         self.manifest = manifest
+        self.waiting: LineFile | None = None
+        """The failed rows of this run, while those of an earlier one are in the files of `output`."""
         self.manifest_path = Path(f"{output}.manifest.json")
         self.usage_saved = time.monotonic()
         paths = (Path(output), Path(f"{output}.filtered.jsonl"), Path(f"{output}.failed.jsonl"))
@@ -187,8 +188,6 @@ class Store:
                 if kind == "done":
                     self.files[kind].lock()
                     self.locked = True
-            if overwrite and self.begun:
-                before_clearing()
             self._take_over(overwrite)
         except BaseException:  # a signal included
             self._close_files()
@@ -200,18 +199,36 @@ class Store:
         # And with no row left too: a retry may have been cut off after it forgot all rows.
         if not overwrite and (self.begun or (old is not None and old.retries)):
             self._check(old)
-        for file in self.files.values():
-            file.clear() if overwrite else file.cut_torn_line()
+        if overwrite and self.begun:
+            self.waiting = LineFile(Path(f"{self.files['done'].path}.new.failed.jsonl"))
+            self.waiting.clear()
+        else:
+            for file in self.files.values():
+                file.cut_torn_line()
         if old is not None:  # tokens may have been used before any row was finished
             self.manifest.usage.go_on_from(old.usage.as_dict())
-        self.manifest.save(self.manifest_path)
+        self._save_manifest()
         self.finished: set[int] = set()
         self.counts: Counter[str] = Counter()
         self.unusable = 0  # of the failed rows, those that are input lines of no use: no retry can help them
         self.reasons: dict[str, Counter[str]] = {"filtered": Counter(), "failed": Counter()}
-        for kind, file in self.files.items():
+        for kind, file in self.files.items() if self.waiting is None else ():
             for row in file:
                 self._count(kind, row)
+
+    def _save_manifest(self) -> None:
+        if self.waiting is None:  # else the files are still those of the earlier one
+            self.manifest.save(self.manifest_path)
+
+    def _replace_earlier(self) -> None:
+        """Put this run's files in the place of an earlier one's. Killed in between, the rest of its rows is not done."""
+        for file in self.files.values():
+            file.clear()
+        waiting, self.waiting = self.waiting, None
+        self._save_manifest()
+        self.files["failed"].replace(waiting)
+        waiting.unlink()
+        waiting.close()
 
     def _check(self, old: Manifest | None) -> None:
         check_same_command(self.files["done"].path, old, self.manifest)
@@ -231,7 +248,7 @@ class Store:
             )
         self._say_changes(old, facts)
         self.manifest.made_with["engine"] = facts
-        self.manifest.save(self.manifest_path)
+        self._save_manifest()
 
     def _say_changes(self, old: dict, new: dict) -> None:
         for line in differences(old, new) if self.begun else ():
@@ -239,7 +256,7 @@ class Store:
 
     @property
     def begun(self) -> bool:
-        return not all(file.empty for file in self.files.values())
+        return self.waiting is None and not all(file.empty for file in self.files.values())
 
     def forget_failed(self, ids: Iterable[str]) -> int:
         """Take those of the ids that failed out of the failed file, to run again with other seeds; returns how
@@ -263,7 +280,9 @@ class Store:
 
     def write(self, kind: str, row: Mapping) -> None:
         """Append a finished row to the file of its kind ("done", "filtered", "failed")."""
-        self.files[kind].append(row)
+        if self.waiting is not None and kind != "failed":
+            self._replace_earlier()
+        (self.waiting or self.files[kind]).append(row)
         self._count(kind, row)
 
     def _count(self, kind: str, row: Mapping) -> None:
@@ -281,7 +300,7 @@ class Store:
         return tokens
 
     def save_usage(self) -> None:
-        self.manifest.save(self.manifest_path)
+        self._save_manifest()
         self.usage_saved = time.monotonic()
 
     def close(self) -> None:
@@ -289,12 +308,16 @@ class Store:
         tokens."""
         try:
             self.save_usage()
-            if not self.begun and not self.manifest.usage.asks:
+            if self.waiting is None and not self.begun and not self.manifest.usage.asks:
                 self.manifest_path.unlink()
         finally:
             self._close_files()
 
     def _close_files(self) -> None:
+        if self.waiting is not None:
+            if self.waiting.empty:
+                self.waiting.unlink()
+            self.waiting.close()
         for file in self.files.values():
             # Of two runs that start at once, both may have found no file; only one may take it away.
             if self.locked and file.created and file.empty and not self.begun:

@@ -312,6 +312,48 @@ def test_what_overwrite_replaces_stays_until_the_engine_is_up(tmp_path):
     assert sum(map(len, files_of(output).values())) == 7 and engine.closed
 
 
+def test_what_overwrite_replaces_stays_until_there_is_a_row_to_put_in_its_place(tmp_path):
+    output, rows = tmp_path / "o.jsonl", make_rows(20)
+    waiting = Path(f"{output}.new.failed.jsonl")
+    stage(output, rows)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    other = {"identity": {"seed": 2}, "overwrite": True}
+
+    def left_as_it_was():
+        return {path: path.read_bytes() for path in tmp_path.iterdir() if path != waiting} == before
+
+    refusing = ScriptedEngine(lambda ask: AskError("it cannot", raw="thinking", completion_tokens=3))
+    summary = stage(output, rows, refusing, max_failure_rate=1.0, **other)
+    assert left_as_it_was() and summary.exit_code == 1 and summary.counts == {"failed": 20}
+    assert f"not one new row can be used: {output} is the earlier one" in str(summary) and str(waiting) in str(summary)
+    assert {row["id"] for row in map(json.loads, waiting.read_text().splitlines())} == {row["id"] for row in rows}
+    assert "the same command runs them again" in str(stage(output, rows, refusing, **other))
+
+    def dying(ask):
+        if ask.messages[0]["content"].startswith("prompt 3 "):
+            raise EngineDead("gone")
+        return AskError("it cannot")
+
+    begun = []
+    with pytest.raises(EngineDead):
+        stage(output, rows, ScriptedEngine(dying, capacity=1), on_begun=lambda: begun.append(1), **other)
+    assert left_as_it_was() and not begun
+    assert [row["id"] for row in map(json.loads, waiting.read_text().splitlines())] == ["r0", "r1", "r2"]
+
+    def late(ask):
+        return AskError("not yet") if engine.asked <= 5 else f"{ask.messages[-1]['content']}:1"
+
+    engine = ScriptedEngine(late, capacity=1)
+    summary = stage(output, rows, engine, on_begun=lambda: begun.append(1), **other)
+    assert not waiting.exists() and begun
+    found = files_of(output)
+    assert sum(map(len, found.values())) == 20 == summary.counts.total()
+    assert [row["reason"] for row in found[".failed.jsonl"].values()].count("not yet") == 5
+    assert stage(output, rows, identity={"seed": 2}).counts == summary.counts  # its manifest is the new run's
+    stage(output, rows, ScriptedEngine(), **other)
+    assert not waiting.exists()
+
+
 def test_a_fault_of_the_program_ends_the_run_and_keeps_the_rows(tmp_path):
     def broken(row):
         yield Ask([{"role": "user", "content": "x"}], 0)

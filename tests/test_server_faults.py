@@ -88,6 +88,15 @@ def test_a_server_at_fault_ends_the_command_fails_no_row_and_the_rerun_finishes(
     assert len(rows) == ROWS and not rows_of(".failed.jsonl")
 
 
+USELESS = [
+    ((200, json.dumps({"error": {"message": "slow down", "code": 429}})), 2),
+    ((200, "<html>Sign in</html>"), 2),
+    (reply(None, reasoning_content="I think."), 1),
+    (reply("x", finish_reason="content_filter"), 1),
+]
+"""Answers of status 200 that no row can be made of, and the command's exit code: a server's fault, or each row's."""
+
+
 def test_rows_to_be_overwritten_stay_where_the_server_cannot_make_new_ones(place, server, capsys, monkeypatch):  # noqa: F811
     server.script = lambda body: reply("old")
     assert command(server) == 0
@@ -96,8 +105,16 @@ def test_rows_to_be_overwritten_stay_where_the_server_cannot_make_new_ones(place
     server.script = lambda body: refusal(404, "no such model")
     assert command(server, "--overwrite") == 2
     said = capsys.readouterr().err
-    assert "did not start: " in said and said.endswith("To go on, run: python generate.py --overwrite\n")
+    assert "gave up: " in said and said.endswith(
+        "The earlier rows are as they were. To go on, run: python generate.py --overwrite\n"
+    )
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+    for useless, code in USELESS:
+        server.script = lambda body, useless=useless: useless
+        assert command(server, "--overwrite") == code
+        now = {path.name: path.read_bytes() for path in place.iterdir()}
+        failed = now.pop("out.jsonl.new.failed.jsonl", b"").splitlines()
+        assert now == before and len(failed) == (ROWS if code == 1 else 0)
     server.script = lambda body: reply("new")
     assert command(server, "--overwrite") == 0
     assert [row["response"] for row in rows_of().values()] == ["new"] * ROWS

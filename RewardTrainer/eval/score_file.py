@@ -215,10 +215,13 @@ def run(arguments: ScoreFileArguments) -> dict[str, int]:
             first = list(islice(iterator, AT_ONCE))
     counts = {"written": store.counts["done"], "failed": store.counts["failed"], "cut": cut}
     reasons = store.reasons["failed"].most_common(5)
+    waiting = store.waiting
     store.close()
     print(f"{output}: {counts['written']} rows, {counts['failed']} failed", file=sys.stderr)
     for reason, count in reasons:
         print(f"  {count} times: {reason}", file=sys.stderr)
+    if waiting:
+        raise InputError(f"not one row could be rewarded: {output} is the earlier one, as it was")
     if cut:
         print(f"{cut} conversations were too long and lost the left end of their prompt", file=sys.stderr)
     return counts
