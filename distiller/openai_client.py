@@ -7,8 +7,10 @@ message holds the key, nor a password of the address.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import ssl
+import sys
 from pathlib import Path
 from socket import gaierror
 from urllib.parse import parse_qsl, urlsplit
@@ -21,6 +23,23 @@ from distiller.openai_faults import AROUND, KEY, settle_status, shown_url
 
 CONNECT_SECONDS = 5.0  # a machine that is off must be found out within a minute, all retries included
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class _Bounded(openai.DefaultAsyncHttpxClient):
+    """A client whose every request is over after `seconds`, its answer's body included. The libraries' own time-out is
+    for the wait between two bytes: a server that dribbles never meets it."""
+
+    def __init__(self, seconds: float, **options: object) -> None:
+        super().__init__(**options)
+        self._seconds = seconds
+
+    async def send(self, request: object, **options: object) -> object:
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await super().send(request, **options)
+        except TimeoutError as late:  # as what the library calls it, which the client retries
+            library = sys.modules[type(request).__module__.partition(".")[0]]
+            raise library.ReadTimeout(f"no whole answer in {self._seconds:g} seconds", request=request) from late
 
 
 def make_client(base_url: str, timeout: float, max_retries: int) -> openai.AsyncOpenAI:
@@ -36,7 +55,7 @@ def make_client(base_url: str, timeout: float, max_retries: int) -> openai.Async
     # No proxy leads to this machine; SSL_CERT_FILE counts here too, which is read by ssl itself.
     direct = {"trust_env": False, "verify": ssl.create_default_context()} if parts.hostname in LOOPBACK else {}
     try:
-        through = openai.DefaultAsyncHttpxClient(event_hooks={"response": [settle_status]}, **direct)
+        through = _Bounded(timeout, event_hooks={"response": [settle_status]}, **direct)
     except (ImportError, ValueError, OSError) as fault:
         proxies = ", ".join(f"{name.upper()}_PROXY={shown_url(value)}" for name, value in getproxies().items())
         raise EngineNotStarted(

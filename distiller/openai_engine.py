@@ -68,7 +68,7 @@ class _Passing(AskError):
 class OpenAIEngine:
     """A `TeacherEngine` on an OpenAI-compatible server (address and key: `openai_client.py`).
 
-    base_url: with its `/v1`. max_concurrency: requests in flight at once. timeout: seconds for one try. max_retries:
+    base_url: with its `/v1`. max_concurrency: requests in flight at once. timeout: seconds for one whole try. max_retries:
     tries after the first. chat_template_kwargs: for vLLM and SGLang servers; it and `top_k` are sent only where set,
     because a hosted API refuses fields it does not know. leave_out: of temperature, top_p and seed, what is not sent.
     A temperature or top_p of 1, which is what every API takes without the field (but vLLM, which takes the model's
@@ -211,7 +211,7 @@ class OpenAIEngine:
         if await self._fate_of_a_tiny_ask(error) is refused:
             raise EngineDead(await self._end_for(error)) from error
         why = error.message if isinstance(error, openai.APITimeoutError) else cause_of(error, self.base_url)
-        reason = f"no answer after {self._client.max_retries} retries: {why}"
+        reason = f"no answer {_retries(error)}: {why}"
         return AskError(reason) if isinstance(error, openai.APITimeoutError) else _Passing(reason)
 
     async def _fate_of_a_tiny_ask(self, error: openai.APIError) -> bool | None:
@@ -231,7 +231,7 @@ class OpenAIEngine:
 
     async def _end_for(self, error: openai.APIStatusError | openai.APIConnectionError) -> str:
         """What happened to the server and what to check, for the user."""
-        retries = f"after {self._client.max_retries} retries"
+        retries = _retries(error)
         if isinstance(error, openai.APITimeoutError):
             return (
                 f"{self.base_url} answers nothing within --timeout {self._timeout:g} seconds, {retries}. "
@@ -241,6 +241,8 @@ class OpenAIEngine:
             why = cause_of(error, self.base_url)
             return f"{self.base_url} cannot be reached {retries} ({why}). Check that the server runs"
         words = f"HTTP {error.status_code}: {said(error.response)}"
+        if (wait := error.response.headers.get("retry-after")) and not _retried(error):
+            words += f"; it asks to wait, Retry-After: {wait[:40]}"
         match error.status_code:
             case 401 | 402 | 403:
                 return f"{self.base_url} refused the credentials ({words}). Check OPENAI_API_KEY and the account"
@@ -298,6 +300,15 @@ def _refused(error: openai.APIStatusError | openai.APIConnectionError) -> bool:
     """Whether the server read the request and will not have it; otherwise it fails, or is not there."""
     status = error.status_code if isinstance(error, openai.APIStatusError) else 500
     return status < 500 and status not in RETRIED
+
+
+def _retried(error: openai.APIStatusError | openai.APIConnectionError) -> int:
+    """How often the client retried: never where the server forbids it, or asks to wait for longer than 120 s."""
+    return int(error.request.headers.get("x-stainless-retry-count", 0))
+
+
+def _retries(error: openai.APIStatusError | openai.APIConnectionError) -> str:
+    return f"after {_retried(error)} retries"
 
 
 def _fields_named(error: openai.APIStatusError) -> set[str]:

@@ -1,6 +1,7 @@
 """OpenAIEngine against a scripted server on loopback."""
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -54,9 +55,16 @@ class Server(ThreadingHTTPServer):
         self.bodies: list[dict] = []
         self.keys: set[str] = set()
         self.paths: set[str] = set()
+        self.sent_headers = {"retry-after-ms": "1"}
+        self.dribble: Callable[[dict], float] = lambda body: 0.0  # seconds between two bytes
         self.now = self.peak = 0
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+    def handle_error(self, request: object, address: object) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a client that had enough, or was killed
+            super().handle_error(request, address)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -78,16 +86,20 @@ class Handler(BaseHTTPRequestHandler):
         status, answer = self.server.script(body)
         with self.server.lock:
             self.server.now -= 1
-        self.answer(status, answer)
+        self.answer(status, answer, self.server.dribble(body))
 
-    def answer(self, status: int, body: dict | str) -> None:
+    def answer(self, status: int, body: dict | str, pause: float = 0.0) -> None:
         data = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status or 200)
         self.send_header("Content-Type", "text/html" if isinstance(body, str) else "application/json")
         self.send_header("Content-Length", str(len(data)))
-        self.send_header("retry-after-ms", "1")
+        for name, value in self.server.sent_headers.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(data if status else data[: len(data) // 2])
+        data = data if status else data[: len(data) // 2]
+        for start in range(0, len(data), 1 if pause else len(data)):
+            self.wfile.write(data[start : start + 1] if pause else data)
+            time.sleep(pause)
         self.close_connection = status == CUT
 
     def log_message(self, *args) -> None:
@@ -281,6 +293,26 @@ def test_a_server_that_is_slow_with_one_ask_fails_that_ask_alone(server):
     slow, good = answers(server, [ask("slow"), ask()], timeout=2.0, max_retries=0)
     assert isinstance(slow, AskError) and "timed out" in str(slow)
     assert good.text == "yes"
+
+
+def test_an_answer_that_dribbles_is_over_at_the_time_out(server):
+    server.dribble = lambda body: 0.05 if told(body) == "slow" else 0.0  # some 15 s in all
+    started = time.monotonic()
+    slow, good = answers(server, [ask("slow"), ask()], timeout=1.0, max_retries=1)
+    assert 2.0 < time.monotonic() - started < 8.0
+    assert isinstance(slow, AskError) and "no answer after 1 retries" in str(slow) and good.text == "yes"
+    server.dribble = lambda body: 0.05
+    with pytest.raises(EngineDead, match="answers nothing within --timeout 0.3 seconds, after 0 retries"):
+        answers(server, [ask()], timeout=0.3, max_retries=0)
+
+
+def test_a_wait_longer_than_the_client_waits_is_told_and_no_retry_is_claimed(server):
+    server.sent_headers = {"Retry-After": "3600"}
+    server.script = lambda body: refusal(429, "come later")
+    said = r"no more requests after 0 retries \(HTTP 429: come later; it asks to wait, Retry-After: 3600\)"
+    with pytest.raises(EngineDead, match=said):
+        answers(server, [ask()], max_retries=5)
+    assert len(server.bodies) == 2  # and a tiny one
 
 
 @pytest.mark.parametrize(
