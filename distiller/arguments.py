@@ -103,6 +103,9 @@ def check_other_files(output: str, source: str) -> None:
         if same or os.path.realpath(written) == os.path.realpath(source):
             names = written if written == source else f"{written} is {source}"
             raise InputError(f"--output {output} would write over an input ({names})")
+    directory = next((path for path in (source, source.rpartition(":")[0]) if path and os.path.isdir(path)), None)
+    if directory and Path(directory).resolve() in Path(output).resolve().parents:
+        raise InputError(f"--output {output} is in {directory}, which is read: what is written would be input too")
 
 
 @dataclass
@@ -135,7 +138,9 @@ class StageArguments(FileArguments):
     chat_template_kwargs: str | None = flag(None, "more arguments for the chat template, as a JSON object")
 
     thinking_tags: list[str] | None = flag(
-        None, "names of tags around the teacher's thinking, beside think, thinking, thought, thoughts and reasoning"
+        None,
+        "names of tags around the teacher's thinking, beside think, thinking, thought, thoughts and reasoning (all "
+        "but think are part of an answer to a prompt that speaks of them)",
     )
 
     max_model_len: int | None = flag(None, "context in tokens; the model's own unless given")
@@ -227,6 +232,11 @@ class StageArguments(FileArguments):
         super().validate()
         if self.num_engines and self.base_url:
             raise InputError("--num_engines and --base_url exclude each other: the server has engines of its own")
+        names = [name.strip("<>[]/ ") for name in self.thinking_tags or ()]
+        for given, name in zip(self.thinking_tags or (), names, strict=True):
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise InputError(f"--thinking_tags {given!r}: give the name of a tag, as scratchpad of <scratchpad>")
+        self.thinking_tags = names or None
         if unknown := set(self.leave_out or ()) - {"temperature", "top_p", "seed"}:
             raise InputError(
                 f"--leave_out {', '.join(sorted(unknown))}: only temperature, top_p and seed can be left out"

@@ -8,6 +8,7 @@ model puts it.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -50,30 +51,44 @@ class ThinkingMarks:
     closing: re.Pattern
     alone: re.Pattern
     """A closing mark that stands alone on its line."""
+    sure: frozenset[str]
+    """Names that always mean thinking; another one is part of the answer where the conversation speaks of it."""
 
-    def split(self, reply: str, opened: bool | None = False) -> tuple[str, str | None]:
+    def split(
+        self, reply: str, opened: str | None = "", *, messages: Sequence[dict] = (), cut: bool = False
+    ) -> tuple[str, str | None]:
         """Split a raw reply into (answer, thinking); thinking is None where the reply holds none.
 
-        `opened` says whether the prompt itself ended with an opening mark (some templates do that, and the reply then
-        starts inside the thinking): True, False, or None where the prompt is unknown, as behind a server. With None a
-        reply that begins otherwise has thinking only if a closing mark stands alone on a line, the way models write it
-        and prose hardly ever does.
+        `opened` is the opening mark that the prompt itself ended with (some templates do that, and the reply then
+        starts inside the thinking), "" where there is none, None where the prompt is unknown, as behind a server. With
+        None a reply that begins otherwise has thinking only if a closing mark, which nothing in the reply opens,
+        stands alone on a line, the way models write it and prose hardly ever does. `messages` is what the reply
+        answers: a prompt may ask for `<reasoning>` as part of the answer. `cut` says that max_tokens ended the reply.
 
         Several blocks one after the other are all thinking. A reply cut inside its thinking has an empty answer. A
         reply without thinking is returned unchanged.
         """
+        spoken_of = {_name(mark[0]) for message in messages for mark in self.opening.finditer(message["content"])}
+        answers = spoken_of - self.sure
+
+        def begins(text: str) -> re.Match | None:
+            mark = self.opening.match(text)
+            return None if mark is None or _name(mark[0]) in answers else mark
+
         thoughts, rest = [], reply
-        if not self.opening.match(reply.lstrip()):
-            first = self.closing if opened else self.alone if opened is None else None
-            end = first and first.search(reply)
+        if not begins(reply.lstrip()):
+            end = self._end(reply, opened) if opened else self._unopened(reply, answers) if opened is None else None
             if end:
                 thoughts, rest = [reply[: end.start()]], reply[end.end() :]
             elif opened:
                 return "", reply.strip() or None
-        while begin := self.opening.match(rest.lstrip()):
+        while begin := begins(rest.lstrip()):
             body = rest.lstrip()[begin.end() :]
-            ends = (mark for mark in self.closing.finditer(body) if _name(mark[0]) == _name(begin[0]))
-            end = next(ends, None)
+            end = self._end(body, begin[0])
+            if not (
+                end or cut or _name(begin[0]) in self.sure
+            ):  # a heading like [Thought], or the answer's first word
+                break
             thoughts.append(body[: end.start()] if end else body)
             rest = body[end.end() :] if end else ""
         if not thoughts:
@@ -81,9 +96,22 @@ class ThinkingMarks:
         # An empty block is what a template with thinking off looks like when the model writes it itself: no thinking.
         return rest.lstrip(), "\n".join(filter(None, map(str.strip, thoughts))) or None
 
-    def opens(self, prompt: str) -> bool:
-        """Whether a prompt ends with an opening mark."""
-        return any(mark.end() == len(prompt.rstrip()) for mark in self.opening.finditer(prompt.rstrip()))
+    def _end(self, text: str, opening: str) -> re.Match | None:
+        """The first closing mark of an opening one."""
+        return next((mark for mark in self.closing.finditer(text) if _name(mark[0]) == _name(opening)), None)
+
+    def _unopened(self, text: str, answers: Set[str]) -> re.Match | None:
+        """The first closing mark alone on its line that ends what the text does not show the beginning of."""
+        for mark in self.alone.finditer(text):
+            name = _name(mark[0])
+            if name not in answers and all(_name(o[0]) != name for o in self.opening.finditer(text, 0, mark.start())):
+                return mark
+        return None
+
+    def opens(self, prompt: str) -> str:
+        """The opening mark that a prompt ends with; "" for none."""
+        prompt = prompt.rstrip()
+        return next((mark[0] for mark in self.opening.finditer(prompt) if mark.end() == len(prompt)), "")
 
     def left(self, text: str, *known: str) -> str | None:
         """A mark in the text that is in none of the known ones, where it would be what they speak of."""
@@ -93,7 +121,7 @@ class ThinkingMarks:
 
 def _name(mark: str) -> str:
     """What an opening mark and its own closing one have in common."""
-    return "" if "|" in mark else mark.strip("<>[]/").casefold()
+    return "" if "|" in mark else mark.strip("<>[]/ \t\r").casefold()
 
 
 @lru_cache(maxsize=8)
@@ -109,4 +137,5 @@ def thinking_marks(names: tuple[str, ...] = ()) -> ThinkingMarks:
         re.compile(rf"<{name}>|\[{name}\]|{start}", re.IGNORECASE),
         re.compile(closing, re.IGNORECASE),
         re.compile(rf"^[ \t]*(?:{closing})[ \t]*\r?$", re.IGNORECASE | re.MULTILINE),
+        frozenset(("", "think", *(name.casefold() for name in names))),
     )

@@ -9,7 +9,7 @@
         sys.exit(run(args, make_work, stage="refine", required={"prompt": "", "rejected": ""}))
 
 Exit codes: 0 done; 1 refused, or too many rows failed; 2 the engine or the disk gave up (or the arguments are wrong);
-3 stopped at --max_tokens_total; 130 and 143 stopped by SIGINT and SIGTERM.
+3 stopped at --max_tokens_total; 129, 130 and 143 stopped by SIGHUP, SIGINT and SIGTERM.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TextIO
 
 from jinja2 import TemplateError
 
@@ -34,6 +33,7 @@ from distiller.openai_faults import shown_url
 from distiller.records import BadRow, InputError, parse_columns, read_rows, survey
 from distiller.runner import Work, run_stage
 from distiller.store import LineFile
+from distiller.streams import patient_streams
 from distiller.templates import PromptError
 from distiller.tokens import with_fixed_date
 from distiller.usage import Usage
@@ -91,7 +91,7 @@ def make_engine(args: StageArguments) -> TeacherEngine:
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM came. Not an Exception, so that nothing on the way takes it for an error of its own."""
+    """SIGINT, SIGTERM or SIGHUP came. Not an Exception, so that nothing on the way takes it for its own error."""
 
     def __init__(self, signum: int):
         super().__init__(signum)
@@ -100,15 +100,16 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """Inside, the first SIGINT or SIGTERM raises Stopped (rows on disk are whole whenever it comes); a second one
-    kills."""
+    """Inside, the first SIGINT, SIGTERM or SIGHUP raises Stopped (rows on disk are whole whenever it comes); a second
+    one kills. SIGHUP, which a closed terminal sends, is left alone where it is ignored: under nohup."""
 
     def stop(signum: int, frame: object) -> None:
         for name in before:
             signal.signal(name, signal.SIG_DFL)
         raise Stopped(signum)
 
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {signum: signal.getsignal(signum) for signum in ends if signal.getsignal(signum) != signal.SIG_IGN}
     for signum in before:
         signal.signal(signum, stop)
     try:
@@ -160,49 +161,6 @@ def run(
         return f"{state}. To go on, run: {resume_command(args, bool(begun))}"
 
     return exit_code_of(body, rest)
-
-
-class _Patient:
-    """A standard stream of which a line that cannot be written ends nothing: who read it is gone (`| head -1`, a
-    closed terminal), or the disk of the log is full. From then on all goes to /dev/null, that of libraries too."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with self._to_nowhere():
-            return self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._to_nowhere():
-            self._stream.flush()
-
-    @contextmanager
-    def _to_nowhere(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
-        except ValueError:  # closed in this process
-            pass
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._stream, name)
-
-
-@contextmanager
-def patient_streams() -> Iterator[None]:
-    """Inside, stdout and stderr are `_Patient`."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (stream and _Patient(stream) for stream in before)  # None where there is no terminal
-    try:
-        yield
-        sys.stdout and sys.stdout.flush()
-    finally:
-        sys.stdout, sys.stderr = before
 
 
 @patient_streams()

@@ -18,6 +18,7 @@ NUMBER_FIELDS = ("chosen_score", "rejected_score", "original_chosen_score", "mar
 TEXT_FIELDS = ("diagnosis",)
 ROLES = ("system", "user", "assistant")
 NOT_PASSED_ON = ("images", "tools")  # TRL's names of what a teacher or a student would have to see beside the text
+NOTHING = ("", "[]", "{}", "null", "none")
 NOTHING_IN_IT = "fill it in, or leave the row out"
 _MESSAGES_PRINTED = re.compile(r"\s*\[\s*\{\s*'(?:role|content)'")
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -143,7 +144,8 @@ def split_conversations(row: dict) -> None:
     Raises Unfit.
     """
     for name in NOT_PASSED_ON:
-        if row.get(name):
+        value = row.get(name)
+        if value and not (isinstance(value, str) and value.strip().casefold() in NOTHING):
             raise Unfit(f"field `{name}` is not passed on", "only text is: empty the field, or leave the row out")
     _read_dialogues(row)
     whole = {}

@@ -8,6 +8,7 @@ message holds the key, nor a password of the address.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import ssl
 import sys
@@ -22,7 +23,6 @@ from distiller.engine import EngineNotStarted
 from distiller.openai_faults import AROUND, KEY, settle_status, shown_url
 
 CONNECT_SECONDS = 5.0  # a machine that is off must be found out within a minute, all retries included
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class _Bounded(openai.DefaultAsyncHttpxClient):
@@ -53,9 +53,11 @@ def make_client(base_url: str, timeout: float, max_retries: int) -> openai.Async
         if os.environ.get(name) and not Path(os.environ[name]).exists():
             raise EngineNotStarted(f"{name} names {os.environ[name]}, which does not exist: correct or unset it")
     # No proxy leads to this machine; SSL_CERT_FILE counts here too, which is read by ssl itself.
-    direct = {"trust_env": False, "verify": ssl.create_default_context()} if parts.hostname in LOOPBACK else {}
+    direct = {"trust_env": False, "verify": ssl.create_default_context()} if _is_here(parts.hostname) else {}
     try:
         through = _Bounded(timeout, event_hooks={"response": [settle_status]}, **direct)
+    except ssl.SSLError as fault:
+        raise EngineNotStarted(f"SSL_CERT_FILE or SSL_CERT_DIR names no certificates ({fault}): unset it") from fault
     except (ImportError, ValueError, OSError) as fault:
         proxies = ", ".join(f"{name.upper()}_PROXY={shown_url(value)}" for name, value in getproxies().items())
         raise EngineNotStarted(
@@ -93,7 +95,7 @@ def cause_of(error: BaseException, base_url: str) -> str:
         chain.append(fault)
         fault = fault.__cause__ or fault.__context__
     parts = urlsplit(base_url)
-    proxy = None if parts.hostname in LOOPBACK or proxy_bypass(parts.hostname or "") else _proxy_for(parts.scheme)
+    proxy = None if _is_here(parts.hostname) or proxy_bypass(parts.hostname or "") else _proxy_for(parts.scheme)
     by_way = f", by way of {proxy}" if proxy else ""
     said = str(chain[-1]) or type(chain[-1]).__name__
     for each in chain:
@@ -112,6 +114,15 @@ def cause_of(error: BaseException, base_url: str) -> str:
             continue
         break
     return said + by_way
+
+
+def _is_here(host: str | None) -> bool:
+    """Whether it is this machine."""
+    try:
+        address = ipaddress.ip_address(host or "")
+    except ValueError:
+        return host == "localhost"
+    return address.is_loopback or address.is_unspecified
 
 
 def _proxy_for(scheme: str) -> str | None:

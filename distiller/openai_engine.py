@@ -27,6 +27,7 @@ import asyncio
 import json
 import queue
 import re
+import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -44,7 +45,7 @@ from distiller.engine import Ask, AskError, Completion, EngineDead, EngineNotSta
 from distiller.fields import InputError, content_text
 from distiller.openai_choices import weigh
 from distiller.openai_client import cause_of, make_client
-from distiller.openai_faults import said, shown_url, without_key
+from distiller.openai_faults import is_no_json, said, shown_url, without_key
 from distiller.usage import Usage
 
 LIST_SECONDS = 10.0  # how long a server gets to list its models
@@ -68,9 +69,10 @@ class _Passing(AskError):
 class OpenAIEngine:
     """A `TeacherEngine` on an OpenAI-compatible server (address and key: `openai_client.py`).
 
-    base_url: with its `/v1`. max_concurrency: requests in flight at once. timeout: seconds for one whole try. max_retries:
-    tries after the first. chat_template_kwargs: for vLLM and SGLang servers; it and `top_k` are sent only where set,
-    because a hosted API refuses fields it does not know. leave_out: of temperature, top_p and seed, what is not sent.
+    base_url: with its `/v1`. max_concurrency: requests in flight at once. timeout: seconds for one whole try.
+    max_retries: tries after the first. chat_template_kwargs: for vLLM and SGLang servers; it and `top_k` are sent only
+    where set, because a hosted API refuses fields it does not know. leave_out: of temperature, top_p and seed, what is
+    not sent.
     A temperature or top_p of 1, which is what every API takes without the field (but vLLM, which takes the model's
     own), is left out once the server has refused it. Raises EngineNotStarted for an address, a key or an
     environment that no request can be made with.
@@ -164,7 +166,7 @@ class OpenAIEngine:
             if ask.choices:
                 answer = await weigh(self._client, self._slots, self.model, ask, self.template_kwargs)
             else:
-                answer = _completion(await self._request(ask), self._marks)
+                answer = _completion(await self._request(ask), self._marks, ask.messages)
         except AskError as refusal:
             return refusal
         except (openai.APIStatusError, openai.APIConnectionError) as error:
@@ -179,26 +181,32 @@ class OpenAIEngine:
         top_k = {"top_k": sampling.top_k} if sampling.top_k > 0 else {}
         template = {"chat_template_kwargs": self.template_kwargs} if self.template_kwargs else {}
         client = self._client if max_retries is None else self._client.with_options(max_retries=max_retries)
-        try:
-            async with self._slots:
-                field, left_out = self._length_field, frozenset(self._left_out)
-                drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": ask.seed}
-                return await client.chat.completions.create(
-                    model=self.model,
-                    messages=ask.messages,
-                    **{name: value for name, value in drawn.items() if name not in left_out},
-                    extra_body={**top_k, **template} or None,
-                    **{field: sampling.max_tokens},
-                )
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            named = {name for name in _fields_named(error) if drawn.get(name) == 1 and name != "seed"} - left_out
-            if field == "max_tokens" and "max_completion_tokens" in error.response.text:
-                self._length_field = "max_completion_tokens"
-            elif named:
-                self._left_out.add(max(named))  # top_p first: some take either, but not both
-            else:
-                raise
-        return await self._request(ask, max_retries)
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": ask.seed}
+        async with self._slots:
+            length_field, left_out, answer = self._length_field, set(self._left_out), None
+            while answer is None:
+                try:
+                    answer = await client.chat.completions.create(
+                        model=self.model,
+                        messages=ask.messages,
+                        **{name: value for name, value in drawn.items() if name not in left_out},
+                        extra_body={**top_k, **template} or None,
+                        **{length_field: sampling.max_tokens},
+                    )
+                except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                    named = {name for name in _fields_named(error) if drawn[name] == 1 and name != "seed"} - left_out
+                    if length_field == "max_tokens" and "max_completion_tokens" in error.response.text:
+                        length_field = "max_completion_tokens"
+                    elif named:
+                        left_out.add(max(named))  # top_p first: some take either, but not both
+                    else:
+                        raise
+        # Only now is it known that this is what was refused, and not something else in this one request.
+        self._length_field = length_field
+        for name in sorted(left_out - self._left_out):
+            print(f"note: the server refuses {name}, which is not sent any more", file=sys.stderr)
+        self._left_out |= left_out
+        return answer
 
     async def _ask_at_fault(self, error: openai.APIStatusError | openai.APIConnectionError) -> AskError:
         """The ask's failure, or EngineDead raised where the server is at fault."""
@@ -261,14 +269,19 @@ class OpenAIEngine:
             able = "It may not take --top_k, chat template arguments, or so large a --max_tokens"
             remedy = f"To send it no such field: --leave_out {' '.join(sorted(named))}" if named else able
             return f"{self.base_url} refuses every request ({words}). {remedy}"
-        return f"{self.base_url} fails every request {retries} ({words}). Check the server"
+        address = " and --base_url (it usually ends with /v1)" if is_no_json(error.response) else ""
+        return f"{self.base_url} fails every request {retries} ({words}). Check the server{address}"
 
     async def _served_models(self) -> str:
         try:
-            page = await self._client.with_options(max_retries=0, timeout=LIST_SECONDS).models.list()
-        except openai.APIError:
-            return "it lists no models"
-        return f"it serves {', '.join(model.id for model in page.data[:10]) or 'no model'}"
+            client = self._client.with_options(max_retries=0, timeout=LIST_SECONDS)
+            page = await client.get("/models", cast_to=object)
+        except (openai.APIError, json.JSONDecodeError, UnicodeDecodeError):
+            page = None
+        models = page.get("data") if isinstance(page, dict) else None
+        models = models if isinstance(models, list) else []
+        names = [model["id"] for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)]
+        return f"it serves {', '.join(names[:10])}" if names else "it lists no models"
 
     def close(self) -> None:
         """Drop what is in flight and stop the thread. May be called again."""
@@ -313,10 +326,10 @@ def _retries(error: openai.APIStatusError | openai.APIConnectionError) -> str:
 
 def _fields_named(error: openai.APIStatusError) -> set[str]:
     """Which of the fields that can be left out the refusal speaks of."""
-    return set(re.findall(r"\b(temperature|top_p|seed)\b", error.response.text))
+    return set(re.findall(r"\b(temperature|top_p|seed)\b", said(error.response)))
 
 
-def _completion(response: ChatCompletion, marks: ThinkingMarks) -> Completion | AskError:
+def _completion(response: ChatCompletion, marks: ThinkingMarks, messages: list[dict]) -> Completion | AskError:
     """The server's answer as ours; token counts are 0 where the server sends none.
 
     What is not there is an AskError, never an empty or invented text. The client validates nothing (a web page comes
@@ -350,7 +363,7 @@ def _completion(response: ChatCompletion, marks: ThinkingMarks) -> Completion | 
     del tokens["raw"]
     prefix = None
     if thinking is None:
-        text, thinking = marks.split(text, opened=None)
+        text, thinking = marks.split(text, None, messages=messages, cut=ended == "length")
         if text == raw and ended == "length":
             # The chat template may have opened a thinking that was cut before its end: no answer can be told from it.
             text, thinking = "", raw or None

@@ -60,7 +60,7 @@ def _status(response: httpx.Response) -> int | None:
         return None
     named = [error.get(key) for key in ("code", "status", "type")] if isinstance(error, dict) else []
     for value in [*named, body.get("code"), body.get("status")]:
-        if str(value).isdigit() and 400 <= int(value) < 600:
+        if str(value).isdecimal() and 400 <= int(value) < 600:
             return int(value)
         if isinstance(value, str) and value.casefold() in STATUSES:
             return STATUSES[value.casefold()]

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -34,7 +33,7 @@ from distiller.fields import (
     response_text,
     split_conversations,
 )
-from distiller.sources import InputError, has_cells, lines
+from distiller.sources import InputError, RepeatedKey, is_table, lines, object_of
 
 __all__ = [
     "BadRow",
@@ -135,7 +134,7 @@ class Rows:
 
     def _checked(self, unseen: dict[str, str]) -> Iterator[dict | BadRow]:
         """Every row, good or bad; takes the columns it meets out of `unseen`."""
-        from_cells = has_cells(self.source)
+        from_cells = is_table(self.source)
         seen: dict[int, int] = {}  # 8-byte hashes: of ids, and of the lines they stood in
         for number, line in lines(self.source):
             row, fault = _parse(line)
@@ -280,11 +279,11 @@ def dump_line(row: Mapping) -> bytes:
 def _parse(line: bytes) -> tuple[dict | None, Unfit | None]:
     """(the object, None where there is none; what is wrong)"""
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_object_of)
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=object_of)
     except UnicodeDecodeError as error:
         return None, Unfit("not valid UTF-8", f"byte {error.start + 1} of the line; save the file as UTF-8")
-    except Unfit as fault:
-        return None, fault
+    except RepeatedKey as key:
+        return None, Unfit("has a key twice in one object", f"`{key}`: drop one of them")
     except (ValueError, RecursionError) as error:
         if b"\0" in line:
             return None, Unfit("has NUL bytes", "the file was damaged, or is no UTF-8 text: write the line again")
@@ -295,15 +294,6 @@ def _parse(line: bytes) -> tuple[dict | None, Unfit | None]:
     if not isinstance(row, dict):
         return None, Unfit("not a JSON object", f'a line is {{"prompt": ..., ...}}, not {kind_of(row)}')
     return row, None
-
-
-def _object_of(pairs: list[tuple[str, object]]) -> dict:
-    """Raises Unfit for a key that is there twice: json itself would keep the last value without a word."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise Unfit("has a key twice in one object", f"`{twice}`: drop one of them")
-    return found
 
 
 def _has_not_finite(value: object) -> bool:

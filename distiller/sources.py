@@ -14,6 +14,7 @@ import json
 import lzma
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from itertools import chain
@@ -39,6 +40,18 @@ ROWS_NAMES = ("data", "rows", "train", "examples", "instances")
 class InputError(ValueError):
     """The user's input or request cannot be used; the message names file, line, field and remedy where there are
     any."""
+
+
+class RepeatedKey(ValueError):
+    """A JSON object has this key twice: json itself would keep the last value without a word."""
+
+
+def object_of(pairs: list[tuple[str, object]]) -> dict:
+    """json's `object_pairs_hook`. Raises RepeatedKey."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise RepeatedKey(next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1))
+    return found
 
 
 def lines(source: str) -> Iterator[tuple[int, bytes]]:
@@ -83,10 +96,10 @@ def _lines(source: str, rows_of_object: Callable[[dict], list]) -> Iterator[tupl
         raise InputError(f"{source} is damaged ({fault}): fetch it, or pack it, again") from fault
 
 
-def has_cells(source: str) -> bool:
-    """Whether it is a CSV file, or a directory of such files: all that is in them is text."""
+def is_table(source: str) -> bool:
+    """Whether it is a table of any form, whose numbers and messages may be text, and not JSON, which has its own."""
     path = Path(source)
-    return any(_form(file) in CSV for file in (path.iterdir() if path.is_dir() else [path]))
+    return not path.is_file() or _form(path) in (*CSV, ".parquet", ".arrow")
 
 
 def _form(path: Path) -> str:
@@ -120,10 +133,13 @@ def _json_lines(
             raise InputError(f"{source} {what}, not JSONL: {remedy}")
     file.seek(0)
     whole = None
-    if start.removeprefix(BOM).lstrip().startswith(b"["):
-        whole = _array(source, file.read())
-    elif _form(Path(source)) == ".json" and (found := _object(file)) is not None:
-        whole = rows_of_object(found)
+    try:
+        if start.removeprefix(BOM).lstrip().startswith(b"["):
+            whole = _array(source, file.read())
+        elif _form(Path(source)) == ".json" and (found := _object(file)) is not None:
+            whole = rows_of_object(found)
+    except RepeatedKey as key:
+        raise InputError(f"{source}: an object in it has the key `{key}` twice: drop one of them") from key
     if whole is not None:
         yield from _as_lines(enumerate(whole, 1))
         return
@@ -145,7 +161,9 @@ def _object(file: io.BufferedIOBase) -> dict | None:
     except (ValueError, RecursionError):
         whole = first + file.read()
     try:
-        found = json.loads(whole)
+        found = json.loads(whole, object_pairs_hook=object_of)
+    except RepeatedKey:
+        raise
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
@@ -172,6 +190,9 @@ def _cells(source: str, file: io.BufferedIOBase, delimiter: str) -> Iterator[tup
     reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
     try:
         begins = reader.line_num + 1 if reader.fieldnames else 1  # which reads the first line
+        twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
+        if twice:
+            raise InputError(f"{source}, line 1: the column `{twice[0]}` is there twice: rename or drop one of them")
         for row in reader:
             if None in row:
                 raise InputError(f"{source}, line {begins}: more cells than the first line has names")
@@ -207,7 +228,9 @@ def _array(source: str, data: bytes) -> list | None:
     """
     data = data.removeprefix(BOM).lstrip()
     try:
-        return json.loads(data)
+        return json.loads(data, object_pairs_hook=object_of)
+    except RepeatedKey:
+        raise
     except (ValueError, RecursionError) as fault:
         try:
             json.loads(data.partition(b"\n")[0])
@@ -223,7 +246,7 @@ def _array(source: str, data: bytes) -> list | None:
 def _dataset(source: str) -> Iterable[dict]:
     """Rows of a directory (of files, or of `save_to_disk`) as `DIR[:split]`, or of a dataset of the hub as
     `owner/name[:split]` or `owner/name:config:split`."""
-    if Path(source).exists() and not Path(source).is_dir():
+    if source == "-" or (Path(source).exists() and not Path(source).is_dir()):
         raise InputError(
             f"{source} is a pipe or a device, and rows are read more than once: write them to a file first"
         )
@@ -240,7 +263,7 @@ def _dataset(source: str) -> Iterable[dict]:
     saved = any((path / file).is_file() for file in ("state.json", "dataset_dict.json"))
     try:
         found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config, split=split or "train")
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as fault:  # RuntimeError: a script
+    except Exception as fault:  # of many kinds: a script, a file that is none, no network
         if path.is_dir():
             raise InputError(
                 f"{name} is a directory, and the datasets library finds no {split or 'train'} data in it: "

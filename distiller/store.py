@@ -7,8 +7,8 @@ the last line of a file can be torn; on opening, a torn line is cut off, and its
 is read from the files themselves, there is no second book that could disagree. And one process at a time: a lock on
 the output refuses the second.
 
-What `overwrite` replaces stays until the first new row is there that is worth keeping: a teacher of which nothing can be
-used must not cost the rows of an earlier one. Rows that fail until then wait in `<output>.new.failed.jsonl`.
+What `overwrite` replaces stays until the first new row is there that is worth keeping: a teacher of which nothing can
+be used must not cost the rows of an earlier one. Rows that fail until then wait in `<output>.new.failed.jsonl`.
 
 A kill loses nothing; a power cut may lose the last rows the operating system had not yet put on disk (there is no
 fsync), and those run again. The tokens used are written into the manifest five times a second: a kill loses the count
@@ -37,6 +37,8 @@ MOST_REASONS = 200
 """Reasons counted apart; a message that differs in every row must not fill the memory."""
 CONTENT = re.compile(r"^(?:(?:inputs|prompts)\.(\w+)|(input)|(model|adapter)_files?): .*")
 """A difference that is one of content hashes, which say nothing to a reader."""
+INPUT_LINE = {"file", "line", "reason", "remedy", "raw"}
+"""What a failed row says that is an input line of no use (`BadRow.as_failed`)."""
 USAGE_SECONDS = 0.2
 """Time between two writings of the tokens used."""
 
@@ -106,29 +108,25 @@ class LineFile:
             data = data[os.write(self.descriptor, data) :]
 
     def replace(self, rows: Iterable[dict]) -> None:
-        """Put other rows in the file, all or none."""
+        """Put a file of other rows in its place, all or none. The old one is not touched: it may have another name, a
+        hard link, too."""
         path = Path(os.path.realpath(self.path))  # a link stays one
-        part = path.with_name(path.name + ".part")
-        with part.open("wb") as file:
+        part = path.with_name(path.name + ".new")  # not .part: that of `whole_files` may be open elsewhere
+        fresh = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        if self.locked:  # before anybody can open it
+            fcntl.lockf(fresh, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open(fresh, "wb", closefd=False) as file:
             file.writelines(dump_line(row) for row in rows)
         os.replace(part, path)
         self.close()
-        self.descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        self.descriptor = fresh
 
     @property
     def empty(self) -> bool:
         return os.fstat(self.descriptor).st_size == 0
 
     def clear(self) -> None:
-        """Put an empty file in its place. The old one is not touched: it may have another name, a hard link, too."""
-        path = Path(os.path.realpath(self.path))  # a link stays one
-        part = path.with_name(path.name + ".part")
-        fresh = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        if self.locked:  # before anybody can open it
-            fcntl.lockf(fresh, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.replace(part, path)
-        self.close()
-        self.descriptor = fresh
+        self.replace(())
 
     def unlink(self) -> None:
         self.path.unlink()
@@ -171,8 +169,8 @@ class Store:
         overwrite: bool = False,
         open_done: Callable[[Path], LineFile] = LineFile,
     ):
-        """`open_done` opens what the finished rows go to: a LineFile, or what else has its methods. Raises InputError when the files belong to a run whose result would differ, or are in use.
-        """
+        """`open_done` opens what the finished rows go to: a LineFile, or what else has its methods. Raises InputError
+        when the files belong to a run whose result would differ, or are in use."""
         self.manifest = manifest
         self.waiting: LineFile | None = None
         """The failed rows of this run, while those of an earlier one are in the files of `output`."""
@@ -221,7 +219,7 @@ class Store:
             self.manifest.save(self.manifest_path)
 
     def _replace_earlier(self) -> None:
-        """Put this run's files in the place of an earlier one's. Killed in between, the rest of its rows is not done."""
+        """Put this run's files in the place of an earlier one's. Killed in between, its other rows are not done."""
         for file in self.files.values():
             file.clear()
         waiting, self.waiting = self.waiting, None
@@ -288,7 +286,7 @@ class Store:
     def _count(self, kind: str, row: Mapping) -> None:
         self.finished.add(id_key(row["id"]))
         self.counts[kind] += 1
-        self.unusable += kind == "failed" and "line" in row and "remedy" in row
+        self.unusable += kind == "failed" and row.keys() >= INPUT_LINE
         if kind in self.reasons:
             count_reason(self.reasons[kind], row.get("reason"))
 

@@ -47,7 +47,9 @@ def _with_fixed_date(template: str) -> str:
     # All texts that could be a format: one may come to the call in a variable.
     words = jinja2.Environment().lex(template)
     formats = dict.fromkeys(text for _, kind, text in words if kind == "string" and "%" in text)
-    dates = "".join(f"{{%- elif format == {each} -%}}{CHAT_DATE.strftime(each[1:-1])}" for each in formats)
+    # As text in quotation marks: what only looks like a format may be anything, '{%' too.
+    said = {each: f"{each[0]}{CHAT_DATE.strftime(each[1:-1])}{each[0]}" for each in formats}
+    dates = "".join(f"{{%- elif format == {each} -%}}{{{{- {date} -}}}}" for each, date in said.items())
     unknown = "{{- raise_exception('a date in a format that is no text of the template') -}}"
     macro = f"{{%- macro strftime_now(format) -%}}{{%- if false -%}}{dates}{{%- else -%}}{unknown}{{%- endif -%}}"
     return f"{macro}{{%- endmacro +%}}{template}"

@@ -21,7 +21,8 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -43,6 +44,8 @@ from distiller.vllm_setup import (
 WATCH_SECONDS = 2.0  # how often a running step looks whether the engine process is alive
 COUNTERS = ("vllm:generation_tokens", "vllm:prompt_tokens")
 QUEUED_AHEAD = 1.25  # asks in flight for each sequence vLLM runs at once, so that a freed slot never waits for us
+Read = Callable[[object], Completion | AskError | None]
+"""What vLLM's RequestOutput says; None while other requests of the same ask are still on their way."""
 
 
 class VLLMEngine:
@@ -113,8 +116,8 @@ class VLLMEngine:
         self.processes = [child for child in multiprocessing.active_children() if child not in children]
         self.max_model_len = self.llm.llm_engine.model_config.max_model_len
         self.capacity = int(self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs * QUEUED_AHEAD)
-        # request id -> (the runner's key, what `_read` needs to know of the ask)
-        self._keys: dict[str, tuple[int, object]] = {}
+        # request id -> (the runner's key, what reads its output)
+        self._keys: dict[str, tuple[int, Read]] = {}
         self._refused: list[tuple[int, AskError]] = []
         self._serial = 0
         self._facts = {
@@ -153,8 +156,8 @@ class VLLMEngine:
 
         return LLM(**arguments)
 
-    def _render(self, messages: list[dict]) -> tuple[list[int], bool]:
-        """Token ids of the rendered conversation, and whether its end opens the thinking.
+    def _render(self, messages: list[dict]) -> tuple[list[int], str]:
+        """Token ids of the rendered conversation, and the mark of thinking that its end opens, if any.
 
         Raises AskError for a conversation that the template refuses (roles that do not alternate, say) or leaves a
         system message out of.
@@ -202,21 +205,23 @@ class VLLMEngine:
             seed=ask.seed,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        self._queue(key, prompt, parameters, opened)
+        self._queue(
+            key, prompt, parameters, partial(_completion, marks=self._marks, opened=opened, messages=ask.messages)
+        )
 
     def _weigh(self, key: int, prompt: list[int], choices: Choices) -> None:
         """Queue the requests behind an ask with choices. Raises AskError."""
         weighing = Weighing(choices, prompt, self._tokenize)
         self._check_length(max(map(len, weighing.prompts.values())), 1)
         for node, tokens in weighing.prompts.items():
-            self._queue(key, tokens, weighing.parameters(node), (weighing, node))
+            self._queue(key, tokens, weighing.parameters(node), partial(weighing.read, node=node))
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         """Text that spells a special token stays text, as it was when the teacher wrote it."""
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
-    def _queue(self, key: int, prompt: list[int], parameters, note: object) -> None:
-        """Give vLLM a request; `note` comes back to `_read` with its output. Raises EngineDead."""
+    def _queue(self, key: int, prompt: list[int], parameters, read: Read) -> None:
+        """Give vLLM a request, whose output `read` makes an answer of. Raises EngineDead."""
         from vllm.exceptions import VLLMError
 
         request = str(self._serial)
@@ -228,7 +233,7 @@ class VLLMEngine:
             if self._stepper:
                 self._stepper.name_the_dead(self.processes)
             raise EngineDead(f"vLLM took no more requests: {error}") from error
-        self._keys[request] = (key, note)
+        self._keys[request] = (key, read)
 
     def _check_length(self, prompt_tokens: int, max_tokens: int) -> None:
         needed = prompt_tokens + max_tokens
@@ -254,18 +259,11 @@ class VLLMEngine:
         if not finished and self._keys:
             for output in self._step():
                 if output.finished:
-                    key, note = self._keys.pop(output.request_id)
-                    answer = self._read(output, note)
+                    key, read = self._keys.pop(output.request_id)
+                    answer = read(output)
                     if answer is not None:
                         finished.append((key, answer))
         return finished
-
-    def _read(self, output, note: object) -> Completion | AskError | None:
-        """What a request's output says; None while others of the same ask are still on their way."""
-        if isinstance(note, bool):  # whether the prompt opened the thinking
-            return _completion(output, note, self._marks)
-        weighing, node = note
-        return weighing.read(output, node)
 
     def _step(self) -> list:
         from vllm.exceptions import VLLMError
@@ -296,13 +294,13 @@ class VLLMEngine:
         return dict(self._facts)
 
 
-def _completion(output, opened: bool, marks: ThinkingMarks) -> Completion | AskError:
+def _completion(output, marks: ThinkingMarks, opened: str, messages: list[dict]) -> Completion | AskError:
     """vLLM's RequestOutput as ours."""
     (reply,) = output.outputs
     if reply.finish_reason not in ("stop", "length"):
         tokens = (len(output.prompt_token_ids), len(reply.token_ids), output.num_cached_tokens)
         return AskError(f"vLLM ended the reply with {reply.finish_reason!r}", *tokens)
-    text, reasoning = marks.split(reply.text, opened)
+    text, reasoning = marks.split(reply.text, opened, messages=messages, cut=reply.finish_reason == "length")
     return Completion(
         text=text,
         reasoning=reasoning,

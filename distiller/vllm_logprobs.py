@@ -11,6 +11,7 @@ What the obvious way gets wrong:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -70,7 +71,7 @@ class VLLMLogprobEngine(VLLMEngine):
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        self._queue(key, tokens, parameters, ask)
+        self._queue(key, tokens, parameters, partial(self._read, ask=ask))
 
     def _too_long(self, ask: ResponseAsk) -> AskError:
         return AskError(

@@ -34,6 +34,7 @@ from pathlib import Path
 from distiller.fields import Unfit, content_text
 from distiller.records import RAW_LIMIT, BadRow, InputError, read_rows
 from distiller.store import count_reason
+from distiller.streams import patient_streams
 from refine.conversation import words
 
 PARTS = Path(__file__).parent / "inspector"
@@ -52,6 +53,7 @@ SCORED = {
 `chosen`."""
 
 
+@patient_streams()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", default="data/scored.jsonl", help="refined or scored rows (default: %(default)s)")

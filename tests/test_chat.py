@@ -28,26 +28,29 @@ def test_a_conversation_that_ends_with_the_assistant_is_refused_and_others_are_n
 @pytest.mark.parametrize(
     ("reply", "opened", "answer", "thinking"),
     [
-        ("plain answer\n", False, "plain answer\n", None),
-        ("<think>\nwhy\n</think>\n\nanswer", False, "answer", "why"),
+        ("plain answer\n", "", "plain answer\n", None),
+        ("<think>\nwhy\n</think>\n\nanswer", "", "answer", "why"),
         ("\n<think>why</think>answer", None, "answer", "why"),
-        ("why\n</think>\n\nanswer", True, "answer", "why"),
+        ("why\n</think>\n\nanswer", "<think>", "answer", "why"),
+        ("why\n</reasoning>\nmore</think>answer", "<think>", "answer", "why\n</reasoning>\nmore"),
         ("why\n</think>\n\nanswer", None, "answer", "why"),
-        ("<think>\n\n</think>\n\nanswer", False, "answer", None),
-        ("<think>it went on and", False, "", "it went on and"),
-        ("it went on and", True, "", "it went on and"),
-        ("<think>a</think>b </think> c", False, "b </think> c", "a"),
+        ("<think>\n\n</think>\n\nanswer", "", "answer", None),
+        ("<think>it went on and", "", "", "it went on and"),
+        ("it went on and", "<think>", "", "it went on and"),
+        ("[Thought] for the day: rest.", None, "[Thought] for the day: rest.", None),
+        ("<think>a</think>b </think> c", "", "b </think> c", "a"),
         ("<thinking>why</thinking>answer", None, "answer", "why"),
-        ("[THINK]why[/THINK]answer", False, "answer", "why"),
+        ("[THINK]why[/THINK]answer", "", "answer", "why"),
         ("<reasoning>\nwhy\n</reasoning>\n\nanswer", None, "answer", "why"),
         ("<thought>why</thought>answer", None, "answer", "why"),
-        ("<THINK>why</THINK>answer", False, "answer", "why"),
-        ("<think>a</think>\n<think>b</think>\nanswer", False, "answer", "a\nb"),
-        ("<think>a</think>\n<thinking>b", None, "", "a\nb"),
+        ("<THINK>why</THINK>answer", "", "answer", "why"),
+        ("<think>a</think>\n<think>b</think>\nanswer", "", "answer", "a\nb"),
+        ("<think>a</think>\n<thinking>b</thinking>", None, "", "a\nb"),
+        ("<thinking>a</thinking>\n<think>b", None, "", "a\nb"),
         ("why\r\n</think>\r\n\r\nanswer", None, "answer", "why"),
-        ("why</think>answer", True, "answer", "why"),
-        ("<mull>why</mull>answer", False, "answer", "why"),
-        ("<think>not </reasoning> yet</think>answer", False, "answer", "not </reasoning> yet"),
+        ("why</think>answer", "<think>", "answer", "why"),
+        ("<mull>why</mull>answer", "", "answer", "why"),
+        ("<think>not </reasoning> yet</think>answer", "", "answer", "not </reasoning> yet"),
         ("<|channel|>analysis<|message|>why<|end|><|start|>assistant<|channel|>final<|message|>a", None, "a", "why"),
     ],
 )
@@ -55,10 +58,34 @@ def test_thinking_is_split_off_the_answer(reply, opened, answer, thinking):
     assert thinking_marks(("mull",)).split(reply, opened) == (answer, thinking)
 
 
-@pytest.mark.parametrize("opened", [False, None])
+@pytest.mark.parametrize("opened", ["", None])
 def test_an_answer_that_quotes_the_thinking_tags_is_left_whole(opened):
     answer = "<refined>Write </think> to close what <think> opened.</refined>"
     assert thinking_marks().split(answer, opened) == (answer, None)
+    answer = "The note:\n<note>\n  <thought>\n    Buy milk\n  </thought>\n</note>"
+    assert thinking_marks().split(answer, opened) == (answer, None)
+
+
+@pytest.mark.parametrize("opened", ["", None])
+def test_a_form_that_the_prompt_asks_for_is_part_of_the_answer(opened):
+    answer = "<reasoning>\n2 + 2 = 4\n</reasoning>\n<answer>4</answer>"
+    asked = [
+        {"role": "system", "content": "Write <reasoning> ... </reasoning> <answer> ... </answer>."},
+        *user("2 + 2?"),
+    ]
+    assert thinking_marks().split(answer, opened, messages=asked) == (answer, None)
+    assert thinking_marks().split(answer, opened) == ("<answer>4</answer>", "2 + 2 = 4")
+    assert thinking_marks(("reasoning",)).split(answer, opened, messages=asked)[0] == "<answer>4</answer>"
+    unopened = answer.removeprefix("<reasoning>\n")
+    assert thinking_marks().split(unopened, opened, messages=asked) == (unopened, None)
+    asked = user("Think first, inside <think> </think>.")
+    assert thinking_marks().split("<think>why</think>4", opened, messages=asked) == ("4", "why")
+
+
+def test_an_unclosed_mark_is_thinking_that_max_tokens_cut_or_surely_thinking():
+    assert thinking_marks().split("<reasoning>why", cut=True) == ("", "why")
+    assert thinking_marks().split("<reasoning>why") == ("<reasoning>why", None)
+    assert thinking_marks(("reasoning",)).split("<reasoning>why") == ("", "why")
 
 
 def test_a_mark_that_is_left_is_found_unless_it_is_what_the_conversation_speaks_of():
@@ -71,5 +98,5 @@ def test_a_mark_that_is_left_is_found_unless_it_is_what_the_conversation_speaks_
 
 def test_a_prompt_that_opens_the_thinking_is_known():
     marks = thinking_marks()
-    assert marks.opens("<|im_start|>assistant\n<think>\n") and marks.opens("[THINK]")
+    assert marks.opens("<|im_start|>assistant\n<think>\n") == "<think>" and marks.opens("[THINK]") == "[THINK]"
     assert not marks.opens("Say <think> twice. <think>x</think>")

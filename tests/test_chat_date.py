@@ -100,6 +100,8 @@ def test_formats_in_variables_and_the_text_around_are_kept(tmp_path, days):
     days(1)
     assert tokenizer.apply_chat_template(MESSAGES, tokenize=False) == "  don't 01 January 2030"
     assert with_fixed_date(tokenizer).apply_chat_template(MESSAGES, tokenize=False) == "  don't 26 July 2024"
+    tokenizer.chat_template = """{{ strftime_now("%d 'x'") }}{{ '{%' }}"""
+    assert with_fixed_date(tokenizer).apply_chat_template(MESSAGES, tokenize=False) == "26 'x'{%"
     tokenizer.chat_template = "{{ strftime_now('%' + 'd') }}"
     with pytest.raises(TemplateError, match="no text of the template"):
         with_fixed_date(tokenizer).apply_chat_template(MESSAGES, tokenize=False)

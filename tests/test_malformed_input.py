@@ -276,10 +276,16 @@ BAD_FLAGS = {
     "a hard link to the input": (["--output", "hard.jsonl", "--overwrite"], "(hard.jsonl is in.jsonl)"),
     "a link to its directory": (["--output", "here/in.jsonl", "--overwrite"], "(here/in.jsonl is in.jsonl)"),
     "a failed file that is a link to it": (["--output", "h"], "(h.failed.jsonl is in.jsonl)"),
+    "an output in a directory that is read": (
+        ["--input", "set", "--output", "set/out.jsonl"],
+        "is in set, which is read",
+    ),
+    "standard input": (["--input", "-"], "- is a pipe or a device, and rows are read more than once"),
     "standard output": (["--output", "-"], "--output - is no file: rows are written to it and to files beside it"),
     "a device": (["--output", "/dev/null"], "--output /dev/null is no file"),
     "a pipe": (["--input", "pipe"], "pipe is a pipe or a device, and rows are read more than once"),
     "unknown field to leave out": (["--leave_out", "top_k"], "only temperature, top_p and seed can be left out"),
+    "no name of a tag": (["--thinking_tags", "<>"], "--thinking_tags '<>': give the name of a tag"),
     "output equal input": (["--output", "in.jsonl"], "--output in.jsonl would write over an input"),
     "output that is a directory": (["--output", "."], "--output . is a directory: name a file in it"),
     "output whose failed file is the input": (
@@ -298,6 +304,8 @@ def test_a_request_that_cannot_be_met_is_refused_and_nothing_is_written(place, c
     for name in ("hard.jsonl", "h.failed.jsonl"):
         Path(name).hardlink_to("in.jsonl")
     Path("here").symlink_to(".")
+    Path("set").mkdir()
+    (Path("set") / "rows.jsonl").write_bytes(line_of(ROW) + b"\n")
     os.mkfifo("pipe")
     before = {path.name: path.read_bytes() for path in place.iterdir() if path.is_file()}
     assert score(*flags) == 1

@@ -44,6 +44,9 @@ def test_no_proxy_leads_to_this_machine(server, monkeypatch):  # noqa: F811
     for name in ("ALL_PROXY", "HTTP_PROXY"):
         monkeypatch.setenv(name, "socks5://127.0.0.1:1")
     assert answers(server, [ask()])[0].text == "yes"
+    server.url = server.url.replace("127.0.0.1", "127.0.0.2")
+    with pytest.raises(EngineDead, match="nothing listens there$|nothing listens there\\)"):
+        answers(server, [ask()], max_retries=0)
 
 
 def ends(url: str, **options) -> str:
@@ -72,6 +75,9 @@ def test_each_cause_of_no_connection_is_told_apart(server, monkeypatch):  # noqa
         OpenAIEngine("m", GREEDY, REMOTE)
     monkeypatch.setenv("SSL_CERT_FILE", "/no/such.pem")
     with pytest.raises(EngineNotStarted, match=r"SSL_CERT_FILE names /no/such.pem, which does not exist"):
+        OpenAIEngine("m", GREEDY, REMOTE)
+    monkeypatch.setenv("SSL_CERT_FILE", __file__)
+    with pytest.raises(EngineNotStarted, match="SSL_CERT_FILE or SSL_CERT_DIR names no certificates"):
         OpenAIEngine("m", GREEDY, REMOTE)
 
 

@@ -55,12 +55,12 @@ class Server(ThreadingHTTPServer):
         self.bodies: list[dict] = []
         self.keys: set[str] = set()
         self.paths: set[str] = set()
+        self.models: dict | list = {"object": "list", "data": [{"id": "served", "object": "model"}]}
         self.sent_headers = {"retry-after-ms": "1"}
         self.dribble: Callable[[dict], float] = lambda body: 0.0  # seconds between two bytes
         self.now = self.peak = 0
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
 
     def handle_error(self, request: object, address: object) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # a client that had enough, or was killed
@@ -71,9 +71,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        self.answer(
-            200, {"object": "list", "data": [{"id": "served", "object": "model", "created": 1, "owned_by": "x"}]}
-        )
+        self.answer(200, self.server.models)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -217,9 +215,10 @@ def test_a_passing_fault_is_retried_and_a_lasting_one_fails_its_ask_alone(server
         ((CUT, reply()[1]), "cannot be reached after 1 retries"),
         (
             (200, "<html><p>Back soon</p>"),
-            r"fails every request .*\(HTTP 502: Back soon \(in an .* 200\)",
+            r"fails every request .*\(HTTP 502: Back soon \(in an .* 200\)\). .* --base_url \(it usually ends",
         ),
         (hidden(429, "slow down"), r"takes no more requests after 1 retries \(HTTP 429: slow down \(in an answer of"),
+        (hidden("\u00b2", "odd"), r"fails every request after 1 retries \(HTTP 500: odd"),
         (hidden("insufficient_quota", "pay"), r"refused the credentials \(HTTP 402: pay"),
         (hidden(None, "overloaded"), r"fails every request after 1 retries \(HTTP 500: overloaded"),
         (refusal(400, "no top_k here"), "refuses every request .*400.*no top_k here.*--top_k"),
@@ -323,6 +322,22 @@ def test_an_error_that_every_ask_would_meet_ends_the_command_and_says_what_to_ch
     server.script = lambda body: refusal(status)
     with pytest.raises(EngineDead, match=hint):
         answers(server, [ask(), ask()])
+
+
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        ({"data": None}, "it lists no models"),
+        ({"object": "list"}, "it lists no models"),
+        ([{"id": "a"}], "it lists no models"),
+        ("<html>", "it lists no models"),
+        ({"data": [{"id": "a"}, {"name": "b"}, "c", {"id": 1}]}, "it serves a$"),
+    ],
+)
+def test_whatever_a_server_says_of_its_models_the_fault_is_told(server, models, said):
+    server.models, server.script = models, lambda body: refusal(404, "no such model")
+    with pytest.raises(EngineDead, match=f"404: no such model.*{said}"):
+        answers(server, [ask()])
 
 
 def test_answers_that_came_before_the_end_are_returned_first(server):
@@ -475,11 +490,26 @@ def strict(*refused: str):
     return script
 
 
-def test_a_field_of_the_apis_own_value_is_left_out_where_it_is_refused(server):
+def test_a_field_of_the_apis_own_value_is_left_out_where_it_is_refused(server, capsys):
     server.script = strict("temperature", "top_p")
     both = Sampling(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=16)
     assert [got.text for got in answers(server, [ask(), ask()], both, max_concurrency=1)] == ["yes", "yes"]
     assert len(server.bodies) == 4 and "seed" in server.bodies[-1]
+    assert "the server refuses top_p, which is not sent any more" in capsys.readouterr().err
+
+
+def test_one_refused_ask_that_names_a_field_changes_nothing_for_the_others(server, capsys):
+    def script(body: dict):
+        if told(body) == "bad":
+            said = {"detail": [{"loc": ["body"], "msg": "no temperature like this, no top_p like that"}]}
+            return 422, said
+        return reply()
+
+    server.script = script
+    both = Sampling(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=16)
+    bad, good = answers(server, [ask("bad"), ask()], both, max_concurrency=1)
+    assert isinstance(bad, AskError) and good.text == "yes"
+    assert {"temperature", "top_p"} <= server.bodies[-1].keys() and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("field", ["temperature", "top_p", "seed"])

@@ -248,6 +248,13 @@ def test_a_run_whose_result_would_differ_is_refused_with_the_difference(tmp_path
         stage(output, rows)
 
 
+def test_a_row_with_columns_of_a_bad_rows_names_is_retried_like_any_other(tmp_path):
+    output, rows = tmp_path / "o.jsonl", [{**row, "line": 1, "remedy": "tea"} for row in make_rows(5)]
+    stage(output, rows, ScriptedEngine(lambda ask: AskError("busy")))
+    summary = stage(output, rows, retry_failed=True)
+    assert summary.counts["failed"] < 5
+
+
 def test_other_versions_are_said_aloud_and_do_not_stop_the_run(tmp_path, capsys):
     output, rows = tmp_path / "o.jsonl", make_rows(20)
     stage(output, rows[:10])

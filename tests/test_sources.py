@@ -155,8 +155,40 @@ def test_cells_that_nobody_reads_as_numbers_or_messages_stay_text(tmp_path):
     assert list(read_rows(tmp_path / "F.CSV", required={"prompt": "", "chosen": ""})) == [cells]
     (tmp_path / "folder").mkdir()
     write_csv(tmp_path / "folder/f.csv", [cells | {"prompt": f" {json.dumps(MESSAGES, indent=1)}"}])
-    (row,) = read_rows(tmp_path / "folder", required={"prompt": ""})
-    assert row["prompt"] == MESSAGES
+    for source in (tmp_path / "folder", f"{tmp_path}/folder:train"):
+        (row,) = read_rows(source, required={"prompt": ""})
+        assert row["prompt"] == MESSAGES
+    table = pyarrow.Table.from_pylist([{"prompt": json.dumps(MESSAGES), "margin": "1.5"}])
+    pyarrow.parquet.write_table(table, tmp_path / "f.parquet")
+    (row,) = read_rows(tmp_path / "f.parquet", required={"prompt": ""}, optional=("margin",))
+    assert row["prompt"] == MESSAGES and row["margin"] == 1.5
+    (tmp_path / "f.jsonl").write_bytes(jsonl([{"id": "1", "prompt": json.dumps(MESSAGES)}]))
+    assert next(iter(read_rows(tmp_path / "f.jsonl")))["prompt"] == json.dumps(MESSAGES)  # JSON has lists of its own
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("f.csv", "prompt,chosen,chosen\np,a,b\n", "f.csv, line 1: the column `chosen` is there twice"),
+        (
+            "f.json",
+            '[{"prompt": "p", "chosen": "a", "chosen": "b"}]',
+            "f.json: an object in it has the key `chosen` twice",
+        ),
+        ("g.json", '{"data": [{"prompt": "p",\n"chosen": "a", "chosen": "b"}]}', "has the key `chosen` twice"),
+        ("f.jsonl", '{"prompt": "p", "chosen": "a", "chosen": "b"}\n', "has a key twice in one object; `chosen`"),
+    ],
+)
+def test_what_stands_in_a_row_twice_is_not_chosen_between(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=said):
+        list(read_rows(tmp_path / name, required={"prompt": ""}, strict=True))
+
+
+def test_a_directory_that_is_no_dataset_is_named(tmp_path):
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(InputError, match="is a directory, and the datasets library finds no train data in it"):
+        list(read_rows(tmp_path))
 
 
 def test_columns_of_bytes_are_text_and_decimals_are_numbers(tmp_path):

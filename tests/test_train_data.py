@@ -309,6 +309,16 @@ def test_counts_of_dropped_and_truncated_pairs_are_returned(tokenizers, row, lon
         encode_pairs(rows, tokenizers["chatml"], max_length=5)
 
 
+def test_what_is_too_long_for_the_teacher_alone_is_said_so(tokenizers, long_row):
+    given = [long_row], tokenizers["chatml"], tokenizers["chatml"], "teacher_response"
+    said = r"\(1 overlong_to_teacher\): take a teacher with a longer context"
+    with pytest.raises(InputError, match=said):
+        encode_pairs(*given, max_length=1024, teacher_max_length=40)
+    said = r"\(1 overlong_response_to_teacher\): take a teacher"
+    with pytest.raises(InputError, match=said):
+        encode_pairs(*given, max_length=1024, teacher_max_length=5, overlong="truncate_prompt")
+
+
 # ---------------------------------------------------------------- batches
 
 

@@ -360,6 +360,14 @@ def test_command_line_overrides_the_recipe_and_unknown_keys_are_refused(tmp_path
     _, data_args, args = parse(recipe, ["--output_dir", str(tmp_path), "--resume_from_checkpoint=~/c"])
     assert data_args.train_file == f"a,{Path.home()}/b" and args.save_total_limit is None
     assert args.resume_from_checkpoint == f"{Path.home()}/c"
+    recipe.write_text("model_name_or_path: 123\ntrain_file: 7\nresume_from_checkpoint: true\n")
+    model_args, data_args, args = parse(recipe, ["--output_dir", str(tmp_path)])
+    assert (model_args.model_name_or_path, data_args.train_file, args.resume_from_checkpoint) == ("123", "7", "last")
+    recipe.write_text("model_name_or_path: false\ntrain_file: b\n")
+    with pytest.raises(
+        run_reward_train.InputError, match="recipe.yaml: argument --model_name_or_path: is False; give"
+    ):
+        parse(recipe, ["--output_dir", str(tmp_path)])
     recipe.write_text("model_name_or_path: a\ntrain_file: b\nlearnig_rate: 1e-4\n")
     with pytest.raises(run_reward_train.InputError, match="recipe.yaml: unknown .* --learnig_rate, .*--learning_rate"):
         parse(recipe, ["--output_dir", str(tmp_path)])

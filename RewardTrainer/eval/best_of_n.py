@@ -40,6 +40,7 @@ import numpy as np
 
 from distiller.arguments import parse_stage_args
 from distiller.records import InputError, parse_columns, read_rows
+from distiller.streams import patient_streams
 from RewardTrainer.eval import score_file
 from RewardTrainer.eval.figures import curves
 from RewardTrainer.eval.outputs import write_file, write_json
@@ -203,6 +204,7 @@ def format_table(table: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+@patient_streams()
 def main() -> None:
     arguments = parse_stage_args(BestOfNArguments, None, __doc__)
     try:

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from distiller.records import InputError
+from distiller.streams import patient_streams
 from RewardTrainer.eval.base import summarize
 from RewardTrainer.eval.benchmarks import load_benchmark
 from RewardTrainer.eval.evaluation import accuracy_table
@@ -58,6 +59,7 @@ def rescore(name: str, data_dir: Path | None, scores: Path | None, verdicts: Pat
     return summary, f"{counted} of {len(benchmark.items) + len(benchmark.skipped)} rows"
 
 
+@patient_streams()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--benchmark", required=True, help="benchmark name, or preference data")

@@ -35,6 +35,7 @@ from typing import ClassVar
 from distiller.arguments import parse_stage_args
 from distiller.manifest import hash_file, made_with, model_fingerprint
 from distiller.records import InputError
+from distiller.streams import patient_streams
 from RewardTrainer.eval.base import Benchmark
 from RewardTrainer.eval.benchmarks import load_benchmarks
 from RewardTrainer.eval.compare import run_comparison
@@ -238,6 +239,7 @@ def _check_comparison(arguments: EvalArguments, argv: list[str]) -> None:
         )
 
 
+@patient_streams()
 def main() -> None:
     arguments = parse_stage_args(EvalArguments, DEFAULT_CONFIG, __doc__)
     try:

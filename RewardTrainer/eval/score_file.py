@@ -45,6 +45,7 @@ from distiller.records import (
     survey,
 )
 from distiller.store import Store
+from distiller.streams import patient_streams
 from RewardTrainer.eval.engines import load_engine
 from RewardTrainer.eval.engines.base import Conversation, Encoded, Engine, score_each_once
 
@@ -253,6 +254,7 @@ def default_output(source: str) -> str:
     return f"{path.name.partition(':')[0]}.rewarded.jsonl"
 
 
+@patient_streams()
 def main() -> None:
     arguments = parse_stage_args(ScoreFileArguments, None, __doc__)
     try:

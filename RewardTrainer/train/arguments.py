@@ -309,6 +309,12 @@ class _Parser(TrlParser):
             if isinstance(value, list) and action.nargs is None and name not in LISTS:
                 several = "several files are separated by commas" if name == "train_file" else "give one value"
                 raise InputError(f"{self.recipe}: argument --{name}: is a list; {several}")
+            if name == "resume_from_checkpoint" and value is True:  # as transformers has it
+                values[name] = "last"
+            elif name in PATHS and isinstance(value, bool):
+                raise InputError(f"{self.recipe}: argument --{name}: is {value}; give a path or a name")
+            elif name in PATHS and isinstance(value, int | float):  # a name of digits alone
+                values[name] = str(value)
             if isinstance(value, str | bool | int | float):
                 try:
                     self._check_value(action, self._get_value(action, str(value)))

@@ -123,7 +123,12 @@ def load_tokenizer(path: str, **load_args) -> PreTrainedTokenizerBase:
 def read_student_file(path: str | Path) -> dict:
     """The student file of a checkpoint directory of ours, {} for any other model."""
     file = Path(path) / STUDENT_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as fault:
+        raise InputError(f"{file} is damaged ({fault}): its model was not saved whole, take it away") from fault
 
 
 def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -313,10 +318,8 @@ def normalized(
 def _of_an_earlier_model(output_dir: Path) -> list[Path]:
     """What a model saved here before has left, of which the next one may have no like; nothing else that goes by such
     a name, such as the directory of another run."""
-    file = output_dir / STUDENT_FILE
-    if not file.is_file():
-        return []
-    parts = json.loads(file.read_text(encoding="utf-8")).get("parts", SOME_MODELS_ONLY)
+    facts = read_student_file(output_dir)
+    parts = facts.get("parts", SOME_MODELS_ONLY) if facts else []
     return [output_dir / name for name in parts if name in SOME_MODELS_ONLY]
 
 

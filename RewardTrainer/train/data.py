@@ -63,8 +63,8 @@ class PairFeatures(TypedDict):
 
 @dataclass(frozen=True)
 class Dropped:
-    """A pair that is not trained on: "overlong", "overlong_response" where no cut of the prompt would help, or
-    "equal_tokens" of chosen and rejected."""
+    """A pair that is not trained on: "overlong", "overlong_response" where no cut of the prompt would help (both with
+    "_to_teacher" where it fits the student), or "equal_tokens" of chosen and rejected."""
 
     reason: str
 
@@ -96,7 +96,10 @@ def encode_pairs(rows: Sequence[dict], *arguments, **options) -> tuple[list[Pair
         )
     if rows and not features:
         reasons = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        remedy = template if counts["equal_tokens"] == len(rows) else "raise --max_length"
+        of_teacher = sum(count for name, count in counts.items() if name.endswith("_to_teacher"))
+        remedy = "raise --max_length"
+        if len(rows) in (counts["equal_tokens"], of_teacher):
+            remedy = template if counts["equal_tokens"] else "take a teacher with a longer context"
         raise InputError(f"0 of {len(rows)} pairs can be trained on ({reasons}): {remedy}")
     return features, counts
 
@@ -144,6 +147,7 @@ def encode_pair(
     prompt_only = token_ids(student_tokenizer, render(student_tokenizer, prompt, name))
     prompt_length = _common_prefix(prompt_only, rows["chosen"])
     start = teacher_prompt = response = None
+    teacher_cut = 0
     if generative is not None:
         student_prompt = prompt_ids(student_tokenizer, prompt, name, **student_chat_template_kwargs)
         response = response_ids(student_tokenizer, response_text(row[generative]))
@@ -153,6 +157,7 @@ def encode_pair(
 
     excess = max(len(ids) for ids in rows.values()) - max_length if max_length is not None else 0
     too_long = f"{max_length + excess} tokens, more than --max_length {max_length}; raise it" if excess > 0 else None
+    place = "" if too_long else "_to_teacher"
     if teacher_max_length is not None and len(teacher_prompt) + len(response) > teacher_max_length:
         seen = len(teacher_prompt) + len(response)
         too_long = too_long or f"{seen} tokens to the teacher, which takes {teacher_max_length}; leave it out"
@@ -162,15 +167,16 @@ def encode_pair(
         if overlong == "error":
             raise InputError(f"{name} has {too_long}, or use --overlong drop or --overlong truncate_prompt")
         if overlong == "drop":
-            return Dropped("overlong")
+            return Dropped("overlong" + place)
         # Only what comes before the assistant's turn may go, and never all of it: a response cannot start at 0.
         if excess > min(_common_prefix(prompt_only, ids) for ids in rows.values()) - 1:
-            return Dropped("overlong_response")
+            return Dropped("overlong_response" + place)
         rows = {side: _cut_left(student_tokenizer, ids, excess) for side, ids in rows.items()}
         if start is not None:
             start -= excess
         if teacher_prompt is not None and len(teacher_prompt) > start:
-            teacher_prompt = _cut_left(teacher_tokenizer, teacher_prompt, len(teacher_prompt) - start)
+            teacher_cut = len(teacher_prompt) - start
+            teacher_prompt = _cut_left(teacher_tokenizer, teacher_prompt, teacher_cut)
 
     def array(ids: list[int] | None) -> np.ndarray | None:
         return None if ids is None else np.array(ids, dtype=np.int32)
@@ -185,7 +191,7 @@ def encode_pair(
         teacher_input_ids=array(None if teacher_prompt is None else teacher_prompt + response),
         teacher_response_start=None if teacher_prompt is None else len(teacher_prompt),
         prompt_tokens=prompt_length - excess,
-        truncated=excess,
+        truncated=excess or teacher_cut,
     )
 
 

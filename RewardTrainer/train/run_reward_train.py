@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from distiller.records import InputError, dump_line, parse_columns
+from distiller.streams import patient_streams
 from distiller.tokens import with_fixed_date
 from RewardTrainer.eval.engines.encoding import longest_input
 from RewardTrainer.eval.engines.loading import from_pretrained
@@ -404,6 +405,7 @@ def check_launch(trainer: DistilTrainer) -> None:
     )
 
 
+@patient_streams()
 def program() -> NoReturn:
     """`main` and the end of the process, with exit code 0, 1 (a fault that the user can mend; others keep their
     traceback), 2 (arguments that are wrong by themselves) or 143 (told to stop).
