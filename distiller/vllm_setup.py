@@ -6,12 +6,12 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from distiller.cpu import usable_cores
 from distiller.engine import EngineNotStarted
 
 CPU_ENVIRONMENT = {
@@ -20,7 +20,6 @@ CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 CPU_INFO = Path("/proc/cpuinfo")
 CPU_BF16 = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")  # x86 and ARM
 SMALL_MODEL = 100 << 20  # bytes of weights
@@ -60,11 +59,7 @@ def cpu_threads(model: str) -> int:
     """
     if _is_small(model):
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):  # a container's share, of which the affinity knows nothing
-        microseconds, period = CPU_QUOTA.read_text().split()
-        cores = min(cores, max(1, int(microseconds) // int(period)))
-    return cores
+    return usable_cores()
 
 
 def cpu_dtype(model: str) -> str:

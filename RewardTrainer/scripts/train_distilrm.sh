@@ -31,10 +31,8 @@ processes="${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}"
 if ((gpus == 0)); then
   export DS_ACCELERATOR=cpu
   # Cores that are idle now: threads wait for each other by spinning, and one whose core is taken makes a step many times
-  # as long. psutil is DeepSpeed's own dependency.
-  idle='import os, psutil; cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-print(round(cores * (1 - psutil.cpu_percent(0.5) / 100)))'
-  cores="$(python -c "$idle")"
+  # as long.
+  cores="$(python -c 'from distiller.cpu import idle_cores; print(idle_cores())')"
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
 fi
 
@@ -57,7 +55,7 @@ remove_dead_locks() { # MINUTES of age at least
 }
 remove_dead_locks 10
 if ((gpus == 0)) && [[ -n "${TORCH_EXTENSIONS_DIR:-}" && ! -f "$TORCH_EXTENSIONS_DIR/deepspeed_shm_comm/deepspeed_shm_comm.so" ]]; then
-  echo "DeepSpeed compiles its extension for CPUs: once, about half a minute" >&2
+  echo "DeepSpeed compiles its extension for CPUs: once, about half a minute" >&2 || true
 fi
 
 if [[ -n "${ZERO:-}" && ! -f "configs/deepspeed/zero$ZERO.json" ]]; then
