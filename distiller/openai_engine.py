@@ -59,6 +59,7 @@ FINISH_REASONS = {
 """As servers write them, in lower case, and OpenAI's own word for the same."""
 TINY = [{"role": "user", "content": "Say yes."}]
 TINY_TOKENS = 16
+MOST_TOKENS = 1 << 31  # of one reply: a server that says more than this does not count tokens
 TINY_RETRIES = 4  # a server that fails one request in five must not be taken for one that fails them all
 
 
@@ -183,8 +184,8 @@ class OpenAIEngine:
         client = self._client if max_retries is None else self._client.with_options(max_retries=max_retries)
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": ask.seed}
         async with self._slots:
-            length_field, left_out, answer = self._length_field, set(self._left_out), None
-            while answer is None:
+            length_field, left_out = self._length_field, set(self._left_out)
+            while True:
                 try:
                     answer = await client.chat.completions.create(
                         model=self.model,
@@ -193,6 +194,7 @@ class OpenAIEngine:
                         extra_body={**top_k, **template} or None,
                         **{length_field: sampling.max_tokens},
                     )
+                    break
                 except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                     named = {name for name in _fields_named(error) if drawn[name] == 1 and name != "seed"} - left_out
                     if length_field == "max_tokens" and "max_completion_tokens" in error.response.text:
@@ -386,5 +388,9 @@ def _tokens(response: ChatCompletion) -> dict[str, int | None]:
     details = usage.prompt_tokens_details
     cached = details.cached_tokens if isinstance(details, PromptTokensDetails) else None
     counts = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
-    counts = {name: count if isinstance(count, int) else 0 for name, count in counts.items()}
-    return {**counts, "cached_tokens": cached if isinstance(cached, int) else None}
+    counts = {name: count if _is_count(count) else 0 for name, count in counts.items()}
+    return {**counts, "cached_tokens": cached if _is_count(cached) else None}
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < MOST_TOKENS

@@ -42,6 +42,8 @@ async def settle_status(response: httpx.Response) -> None:
         await response.aread()
         if status := _status(response):
             response.status_code, response.extensions[SETTLED] = status, True
+        elif not is_no_json(response):  # whatever the server calls it: the client would hand it on as a text
+            response.headers["Content-Type"] = "application/json"
 
 
 def _status(response: httpx.Response) -> int | None:

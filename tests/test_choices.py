@@ -251,3 +251,10 @@ def test_a_server_that_cannot_weigh_the_grades_ends_the_command_and_names_the_mo
 def test_texts_that_a_served_tokenizer_does_not_tell_apart_fail_their_ask_alone(server):
     server.changed["/tokenize"] = lambda body: (200, {"tokens": [3, 4], "count": 2})
     assert isinstance(ask(server), AskError)
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/completions"])
+def test_a_fault_that_passes_is_not_taken_for_a_server_that_cannot_weigh(server, path):
+    server.changed[path] = lambda body: (200, {"error": {"message": "upstream is down", "code": 502}})
+    failed = ask(server)
+    assert isinstance(failed, AskError) and "HTTP 502 from the server: upstream is down" in str(failed)

@@ -439,6 +439,11 @@ def test_what_was_paid_for_is_kept_with_the_failure(server):
     assert isinstance(got, AskError) and got.raw == "why"
 
 
+def test_an_answer_by_another_content_type_is_read(server):
+    server.script = lambda body: (200, json.dumps(reply("so")[1]))  # sent as text/html
+    assert answers(server, [ask()])[0].text == "so"
+
+
 def test_content_in_parts_of_text_is_read(server):
     parts = [{"type": "text", "text": "half "}, {"type": "text", "text": "and half"}]
     server.script = lambda body: reply(parts)

@@ -191,3 +191,22 @@ def test_a_cap_stops_the_command_and_a_higher_one_goes_on_without_a_row_twice(pl
     assert command(server, "--max_tokens_total", 30) == 3 and len(server.bodies) == 5
     assert command(server, "--max_tokens_total", 1000) == 0
     assert len(server.bodies) == ROWS and rows_of().items() >= first.items() and len(rows_of()) == ROWS
+
+
+def test_what_was_paid_for_is_in_the_failed_file_whatever_ended_it(place, server):  # noqa: F811
+    replies = {
+        "prompt 0": reply("a whole answer", "weird"),
+        "prompt 1": reply("half an answer", "content_filter"),
+        "prompt 2": reply(None, reasoning_content="only thoughts"),
+        "prompt 3": reply("", "stop"),
+    }
+    server.script = lambda body: replies.get(told(body), reply())
+    assert command(server) == 1
+    failed = rows_of(".failed.jsonl")
+    assert {row["id"]: row["raw"] for row in failed.values()} == {
+        "r0": "a whole answer",
+        "r1": "half an answer",
+        "r2": "only thoughts",
+        "r3": None,
+    }
+    assert "finish_reason 'weird'" in failed["r0"]["reason"]
