@@ -340,7 +340,10 @@ def _expanded(value: object) -> object:
     """A path in the home directory in full, as a shell writes it: `~/teacher` in a file, `--model=~/teacher`."""
     if isinstance(value, list):
         return [_expanded(item) for item in value]
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+    if not isinstance(value, str) or "~/" not in value:
+        return value
+    # Of several, separated by commas, each.
+    return ",".join(os.path.expanduser(part) if part.startswith("~/") else part for part in value.split(","))
 
 
 def _config_argv(path: str, lists: Mapping[str, bool], parser: _Parser) -> list[str]:

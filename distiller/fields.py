@@ -22,6 +22,9 @@ NOTHING = ("", "[]", "{}", "null", "none")
 NOTHING_IN_IT = "fill it in, or leave the row out"
 _MESSAGES_PRINTED = re.compile(r"\s*\[\s*\{\s*'(?:role|content)'")
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_FLOAT_ID = re.compile(r"\d+\.0")  # as pandas writes a number where another is missing
+_FROM = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+"""ShareGPT's names of roles."""
 _TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
 MESSAGES_FORM = 'write a text, or [{"role": "user", "content": "..."}, ...]'
 
@@ -80,7 +83,7 @@ def prompt_messages(prompt: str | list[dict]) -> list[dict]:
 def response_text(response: str | list[dict]) -> str:
     """The text of a response: itself, or that of `[{"role": "assistant", "content": text}]`. Raises InputError."""
     if not isinstance(response, str):
-        messages = _messages(response)
+        messages = _messages([response] if isinstance(response, dict) else response)
         if len(messages) != 1 or messages[0]["role"] != "assistant":
             raise Unfit(
                 "must be one assistant message",
@@ -99,6 +102,8 @@ def read_cells(row: dict) -> None:
         if isinstance(row.get(name), str):
             with suppress(ValueError):
                 row[name] = float(row[name])
+    if isinstance(row.get("id"), str) and _FLOAT_ID.fullmatch(row["id"]):
+        row["id"] = row["id"].removesuffix(".0")
     for name in ("prompt", *RESPONSE_FIELDS):
         cell = row.get(name)
         if isinstance(cell, str) and cell.lstrip().startswith("["):
@@ -183,6 +188,8 @@ def _messages(value: object) -> list[dict]:
         raise Unfit("is empty", NOTHING_IN_IT)
     messages = []
     for message in value:
+        if isinstance(message, dict) and message.keys() >= {"from", "value"}:
+            message = {"role": _FROM.get(message["from"], message["from"]), "content": message["value"]}
         role = message.get("role") if isinstance(message, dict) else None
         if role in ("tool", "function"):
             raise Unfit(f"has a {role} message", "tool use is not supported: tell it as text, or leave the row out")

@@ -200,6 +200,15 @@ class Rows:
             own = [self.columns.get(field, field) for field in row]  # as the file has them
             rename = "rename one of them" + (" (--columns)" if self.renames else "")
             remedy = f"the row has {_listed(own)}: {rename}, or leave the row out"
+            inner = [field for field, value in row.items() if _is_rows(value)]
+            if inner:
+                remedy = f"the row has {_listed(own)}: if rows stand in `{inner[0]}`, write them one a line"
+            elif name == "prompt" and {"chosen", "rejected"} <= row.keys():
+                remedy = (
+                    "give it one, or write the whole conversations as messages, "
+                    '[{"role": "user", "content": "..."}, ...]; as text they are read in one form alone: '
+                    "Human: ... and Assistant: ..., with an empty line before each"
+                )
         return Unfit(f"field `{name}`{column} is {'null' if name in row else 'missing'}", remedy)
 
 
@@ -294,6 +303,12 @@ def _parse(line: bytes) -> tuple[dict | None, Unfit | None]:
     if not isinstance(row, dict):
         return None, Unfit("not a JSON object", f'a line is {{"prompt": ..., ...}}, not {kind_of(row)}')
     return row, None
+
+
+def _is_rows(value: object) -> bool:
+    """Whether a value is a list of objects that are no messages."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and not first.keys() & {"role", "from", "type"}
 
 
 def _has_not_finite(value: object) -> bool:

@@ -415,19 +415,23 @@ class Progress:
             if now is not None and self._earlier_of_engine is not None:
                 written, read = (count - before for count, before in zip(now, self._earlier_of_engine, strict=True))
             said += [f"{self.under_way} under way", f"{written:,} tokens written", f"{read:,} read"]
-            said.append(f"{written / seconds:.3g} written/s")
+            said.append(f"{_rate(written / seconds)} written/s")
             if finished and answered[0]:
                 a_row = answered[0] / finished
                 ahead = (self.total - rows) * a_row - min(written - answered[0], self.under_way * a_row / 2)
                 left = ahead * seconds / written
         else:
-            said.append(f"{finished / seconds:.3g} rows/s")
+            said.append(f"{_rate(finished / seconds)} rows/s")
         said.append("time left unknown until a row is finished" if left is None else f"{_duration(left)} left")
         return ", ".join(said)
 
     def _of_engine(self) -> tuple[int, int] | None:
         tokens = getattr(self.engine, "tokens", None)
         return None if tokens is None else tokens()
+
+
+def _rate(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _duration(seconds: float) -> str:

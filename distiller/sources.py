@@ -25,10 +25,13 @@ PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open} 
 NOT_TEXT = {  # how a file begins -> (what it is, what to do)
     b"\x28\xb5\x2f\xfd": ("is compressed (zstd)", "unpack it with unzstd"),
     b"PK\x03\x04": ("is a ZIP archive", "unpack it"),
+    b"\x80\x04": ("is a pickle", "save it as JSON lines or Parquet"),
+    b"\x80\x05": ("is a pickle", "save it as JSON lines or Parquet"),
     b"\xff\xfe": ("is UTF-16 text", "save it as UTF-8"),
     b"\xfe\xff": ("is UTF-16 text", "save it as UTF-8"),
 }
-PARQUET, ARROW = b"PAR1", b"ARROW1"
+PARQUET, ARROW = b"PAR1", (b"ARROW1", b"\xff\xff\xff\xff")  # an Arrow file, or a stream
+TAR = (257, b"ustar")  # where in it what stands
 CSV = {".csv": ",", ".tsv": "\t"}  # suffix -> what is between cells
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz")
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", *CSV, *PACKED_SUFFIXES)
@@ -80,7 +83,7 @@ def _lines(source: str, rows_of_object: Callable[[dict], list]) -> Iterator[tupl
         return
     with path.open("rb") as file:
         start = file.read(8)
-    if start.startswith((PARQUET, ARROW)) or path.suffix.lower() == ".arrow":
+    if start.startswith((PARQUET, *ARROW)) or path.suffix.lower() == ".arrow":
         yield from _as_lines(enumerate(_columns(path, start), 1))
         return
     unpack = next((unpack for magic, unpack in PACKED.items() if start.startswith(magic)), open)
@@ -131,6 +134,8 @@ def _json_lines(
     for magic, (what, remedy) in NOT_TEXT.items():
         if start.startswith(magic):
             raise InputError(f"{source} {what}, not JSONL: {remedy}")
+    if start[TAR[0] :].startswith(TAR[1]):
+        raise InputError(f"{source} is a tar archive, not JSONL: unpack it")
     file.seek(0)
     whole = None
     try:
@@ -210,7 +215,7 @@ def _columns(path: Path, start: bytes) -> Iterator[dict]:
     try:
         if start.startswith(PARQUET):
             batches = pyarrow.parquet.ParquetFile(path).iter_batches()
-        elif start.startswith(ARROW):
+        elif start.startswith(ARROW[0]):
             reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
             batches = map(reader.get_batch, range(reader.num_record_batches))
         else:

@@ -33,16 +33,20 @@ UNSPACED = (
 )
 _WORD = re.compile(f"[{UNSPACED}]|[^\\s{UNSPACED}]+")
 ECHO_WORDS = 5  # in a row that a block and the instructions would hardly share by chance
-_ANNOUNCEMENT = re.compile(
-    r"""\W*(?:(?:sure|certainly|of\ course|okay|ok)\b\W*)?
-    (?:(?:here(?:['\u2019]s|\ is)|below\ is|this\ is|the\ following\ is)\s+)?
-    (?:(?:the|my|an?|your)\s+)?(?:(?:full|complete|whole|final)\s+)*(?:text\s+of\s+(?:the\s+)?)?
-    (?:(?:edited|refined|revised|corrected|improved|rewritten|updated|repaired|modified|mended)\s+
-    (?:(?:version\s+of\s+the\s+)?(?:\w+\s+)?(?:response|answer|reply)\b[^\n:.]{0,90}|(?:version|text)\W{0,4}?)
-    |(?:response|answer|reply)\s+as\s+(?:edited|refined|revised|corrected|improved|rewritten)\b[^\n:.]{0,90})
-    [:\n]""",
-    re.IGNORECASE | re.VERBOSE,
+LONGEST_ANNOUNCEMENT = 160  # characters
+_EDITED = frozenset(
+    "corrected edit edited edits improved mended modified refined repaired revised revision rewritten updated".split()
 )
+_REPLY = frozenset("answer reply response".split())
+_ANNOUNCING = _EDITED | _REPLY
+_ANNOUNCING |= frozenset(
+    "a an as below certainly change changes complete course draft final following follows".split()
+)
+_ANNOUNCING |= frozenset(
+    "for full go have here here's i i've in is it its made minimal my now of okay ok result".split()
+)
+_ANNOUNCING |= frozenset("smallest sure text that the this to version whole with you your".split())
+"""What an announcement of the edit is made of, and hardly a response's first sentence."""
 _OPENERS = {"</diagnosis>": "<diagnosis>", "</refined>": "<refined>"}
 
 DIFFLIB_LIMIT = 500_000
@@ -139,9 +143,27 @@ def read_refinement(reply: Completion, instructions: str = "", known: Sequence[s
         raise ParseError("the diagnosis repeats the instructions")
     if begins_with_echo(refined, instructions) and not any(begins_with_echo(text, instructions) for text in known):
         raise ParseError("the refined response repeats the instructions")
-    if _ANNOUNCEMENT.match(refined) and not any(map(_ANNOUNCEMENT.match, known)):
+    if announces_itself(refined) and not any(map(announces_itself, known)):
         raise ParseError("the refined response begins by announcing itself")
     return diagnosis, refined
+
+
+def announces_itself(text: str) -> bool:
+    """Whether a text begins by saying that it is an edit, in English: with words of `_ANNOUNCING` alone, one that says
+    edited among them, up to a sign ("Sure! Here is the revised version:"), or up to the word for a response, with any
+    words after it up to a colon or the line's end ("The corrected response, ready to be sent:")."""
+    for part in re.finditer(r"([^:.!\n]*)([:.!\n]|$)", text.replace("\u2019", "'").casefold().lstrip(" *_#>\n\r\t")):
+        words = re.findall(r"[\w']+", part[1])
+        unknown = next((place for place, word in enumerate(words) if word not in _ANNOUNCING), len(words))
+        told = words[:unknown]
+        if not told:
+            return False
+        if unknown < len(words):
+            told = told[: 1 + max((place for place, word in enumerate(told) if word in _REPLY), default=-1)]
+            return part[2] in (":", "\n") and len(part[1]) <= LONGEST_ANNOUNCEMENT and not _EDITED.isdisjoint(told)
+        if not _EDITED.isdisjoint(words):
+            return len(words) > 1 or part[2] in (":", "\n")
+    return False
 
 
 def is_echo(text: str, instructions: str) -> bool:

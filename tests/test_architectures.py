@@ -38,7 +38,19 @@ SHAPE = (
 )
 MORE = {"gpt_neo": {"attention_types": [[["global", "local"], 1]]}}
 MUST_TRAIN = {
-    *("bloom", "deepseek_v3", "falcon", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox", "gpt_oss"),
+    *(
+        "bloom",
+        "deepseek_v3",
+        "falcon",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "glm4",
+        "gpt2",
+        "gpt_neox",
+        "gpt_oss",
+    ),
     *("llama", "mistral", "mixtral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
     *("qwen3_next", "smollm3", "starcoder2"),
 }

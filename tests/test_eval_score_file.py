@@ -7,8 +7,10 @@ import sys
 import pytest
 from eval_fixtures import build_model, build_tokenizer, save_reward_model, write_jsonl
 
+from distiller.arguments import parse_stage_args
 from distiller.records import InputError
 from RewardTrainer.eval.engines.hf import Scorer
+from RewardTrainer.eval.run_eval_rm import DEFAULT_CONFIG, EvalArguments
 from RewardTrainer.eval.score_file import ScoreFileArguments, conversations, default_output, run
 
 
@@ -76,6 +78,8 @@ def test_rows_that_cannot_be_rewarded_are_kept_apart_with_their_reason_and_the_r
     assert counts == {"written": 9, "failed": 9, "cut": 0}
     assert [row["id"] for row in read(output)] == [f"good{n}" for n in range(9)]
     failed = {row["id"]: row["reason"] for row in read(tmp_path / "out.jsonl.failed.jsonl")}
+    lines = {row["id"]: row["line"] for row in read(tmp_path / "out.jsonl.failed.jsonl") if "line" in row}
+    assert lines == {"line-16": 16, "good0#18": 18}
     for name, words in {
         "0": "`response` is empty",
         "1": "no response",
@@ -84,8 +88,8 @@ def test_rows_that_cannot_be_rewarded_are_kept_apart_with_their_reason_and_the_r
         "4": "`response` must be",
         "5": "`messages`",
         "6": "`reward` is there already",
-        "line-16": "line 16: not valid JSON",
-        "good0#18": "line 18: field `id` came before",
+        "line-16": "not valid JSON",
+        "good0#18": "field `id` came before",
     }.items():
         assert words in failed[name]
 
@@ -167,3 +171,23 @@ def test_the_default_output_lies_beside_the_input(tmp_path):
     path = write_jsonl(tmp_path / "a.b.json", [])
     assert default_output(str(path)) == str(tmp_path / "a.b.rewarded.jsonl")
     assert default_output("org/data:train") == "data.rewarded.jsonl"
+
+
+def test_equal_texts_have_one_reward_wherever_they_stand_in_the_file(tmp_path):
+    adapter = tmp_path / "rounding.py"  # its rewards depend on the place in a batch, as any engine's last digits do
+    adapter.write_text(
+        "def load(model, device):\n    pass\n"
+        "def score(loaded, conversations):\n"
+        "    return [len(c[-1]['content']) + 1e-6 * place for place, c in enumerate(conversations)]\n"
+    )
+    rows = [{"id": str(n), "prompt": "p", "response": "same" if n % 97 == 0 else "x" * (n + 9)} for n in range(600)]
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    run(ScoreFileArguments(model="m", adapter=str(adapter), input=str(tmp_path / "in.jsonl"), output=f"{tmp_path}/o"))
+    assert len({row["reward"] for row in read(tmp_path / "o") if row["response"] == "same"}) == 1
+
+
+def test_a_file_in_the_home_directory_is_found_behind_a_comma(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = ["--benchmarks", "example,~/pairs.jsonl", "--model=~/rm"]
+    args = parse_stage_args(EvalArguments, DEFAULT_CONFIG, argv=given)
+    assert (args.benchmarks, args.model) == (f"example,{tmp_path}/pairs.jsonl", f"{tmp_path}/rm")

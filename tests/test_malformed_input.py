@@ -120,7 +120,7 @@ BAD_LINES = {
     ),
     "no parts": ({**ROW, "prompt": [{**TURN, "content": []}]}, "content is not text", "it is a list: give a text"),
     "unknown role": ({**ROW, "prompt": [{**TURN, "role": "narrator"}]}, "`prompt` has a message without a role", FORM),
-    "other names": ({**ROW, "prompt": [{"from": "human", "value": "a"}]}, "`prompt` has a message without", FORM),
+    "other names": ({**ROW, "prompt": [{"speaker": "human", "text": "a"}]}, "`prompt` has a message without", FORM),
     "no user message": (
         {**ROW, "prompt": [{"role": "system", "content": "Be kind."}]},
         "`prompt` has no user message",

@@ -95,6 +95,14 @@ def test_a_reply_of_the_prompts_own_words_answers_nothing(own, read):
         ("The distance is wrong.", f"Refined answer\n{EDITED}"),
         ("The distance is wrong.", f"Sure, here's the response as edited:\n\n{EDITED}"),
         ("The distance is wrong.", f"The corrected response is a complete one that is ready to be sent: {EDITED}"),
+        ("The distance is wrong.", f"Here is the full text of the edited response.\n\n{EDITED}"),
+        ("The distance is wrong.", f"Below is the revised response.\n\n{EDITED}"),
+        ("The distance is wrong.", f"I have edited the response as follows:\n{EDITED}"),
+        ("The distance is wrong.", f"The response, edited:\n{EDITED}"),
+        ("The distance is wrong.", f"Here\u2019s the text with the smallest edit:\n{EDITED}"),
+        ("The distance is wrong.", f"**Refined:** {EDITED}"),
+        ("The distance is wrong.", f"My edit:\n{EDITED}"),
+        ("The distance is wrong.", f"### Edited\n{EDITED}"),
         ("The draft is bad. Say what is wrong with the draft, and what mends it.", f"So. {EDITED}"),
     ],
 )
@@ -130,6 +138,10 @@ def test_a_teacher_that_echoes_is_asked_again_and_then_fails_with_that_reason(tm
         ("It is 41.\nBye.", "The corrected answer is 42.\nBye."),
         ("The 1958 text was old.\nIt fell.", "The revised text of the 1958 constitution was adopted.\nIt fell."),
         ("A version of bubble sort:", "An improved version of bubble sort:"),
+        ("It is a text.", "It is an edited text by Kafka: short."),
+        ("Sure! 41.", "Sure! The answer is 42."),
+        ("The answer: 41", "The answer: 42"),
+        ("I have a draft of the text here. It is long.", "I have a draft of the text here. It is short."),
     ],
 )
 def test_an_edit_that_only_looks_like_an_echo_is_kept(tmp_path, rejected, refined):

@@ -5,6 +5,8 @@ import csv
 import gzip
 import json
 import lzma
+import pickle
+import tarfile
 from decimal import Decimal
 from pathlib import Path
 
@@ -183,6 +185,56 @@ def test_what_stands_in_a_row_twice_is_not_chosen_between(tmp_path, name, conten
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=said):
         list(read_rows(tmp_path / name, required={"prompt": ""}, strict=True))
+
+
+def test_what_rows_stand_in_is_named_where_they_cannot_be_read(tmp_path):
+    chat = [{"role": "user", "content": "q"}]
+    for content, said in (
+        ({"data": ROWS}, "if rows stand in `data`, write them one a line"),
+        ({"train": ROWS, "test": ROWS}, "if rows stand in `train`, write them one a line"),
+        ({"chosen": "H: q\n\nA: a", "rejected": "H: q\n\nA: b"}, "write the whole conversations as messages"),
+        ({"conversation": chat, "chosen": "a"}, "rename one of them"),
+    ):
+        (tmp_path / "f.jsonl").write_text(json.dumps(content) + "\n")
+        with pytest.raises(InputError, match=f"line 1: field `prompt` is missing; .*{said}"):
+            list(read_rows(tmp_path / "f.jsonl", required={"prompt": ""}))
+    (tmp_path / "rows.pkl").write_bytes(pickle.dumps(ROWS))
+    with pytest.raises(InputError, match="rows.pkl is a pickle, not JSONL: save it as"):
+        list(read_rows(tmp_path / "rows.pkl"))
+    (tmp_path / "f.jsonl").write_bytes(jsonl())
+    with tarfile.open(tmp_path / "f.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "f.jsonl", "f.jsonl")
+    with pytest.raises(InputError, match="f.tar.gz is a tar archive, not JSONL: unpack it"):
+        list(read_rows(tmp_path / "f.tar.gz"))
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved/data-00000-of-00001.arrow").rename(tmp_path / "stream")
+    assert list(read_rows(tmp_path / "stream")) == ROWS
+
+
+def test_sharegpts_names_of_roles_are_read(tmp_path):
+    turns = [{"from": "system", "value": "Be short."}, {"from": "human", "value": "q"}]
+    row = {
+        "id": "1",
+        "conversations": turns,
+        "chosen": {"from": "gpt", "value": "a"},
+        "rejected": {"from": "gpt", "value": "b"},
+    }
+    (tmp_path / "f.jsonl").write_bytes(jsonl([row]))
+    needs = dict.fromkeys(("prompt", "chosen", "rejected"), "")
+    (read,) = read_rows(tmp_path / "f.jsonl", {"prompt": "conversations"}, required=needs)
+    assert prompt_messages(read["prompt"]) == [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "q"},
+    ]
+    assert (response_text(read["chosen"]), response_text(read["rejected"])) == ("a", "b")
+
+
+def test_one_table_has_the_same_ids_in_every_form(tmp_path):
+    rows = [{"id": 39.0, "prompt": "p"}, {"id": 40.0, "prompt": "q"}]
+    write_csv(tmp_path / "f.csv", rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "f.parquet")
+    for name in ("f.csv", "f.parquet"):
+        assert [row["id"] for row in read_rows(tmp_path / name)] == ["39", "40"]
 
 
 def test_a_directory_that_is_no_dataset_is_named(tmp_path):

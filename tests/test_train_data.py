@@ -305,7 +305,7 @@ def test_counts_of_dropped_and_truncated_pairs_are_returned(tokenizers, row, lon
     assert counts == {"pairs": 2, "truncated": 1, "overlong_response": 1}
     assert [(pair["id"], pair["pair_index"]) for pair in features] == [("s", 0), ("l", 1)]
     assert encode_pairs(rows, tokenizers["chatml"], max_length=50)[1] == {"pairs": 1, "truncated": 0, "overlong": 2}
-    with pytest.raises(InputError, match=r"0 of 3 pairs can be trained on \(3 overlong\): raise --max_length"):
+    with pytest.raises(InputError, match=r"0 of 3 pairs can be used \(3 overlong\): raise --max_length"):
         encode_pairs(rows, tokenizers["chatml"], max_length=5)
 
 

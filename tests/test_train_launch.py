@@ -236,12 +236,16 @@ def test_checkpoint_of_other_settings_or_rows_is_not_gone_on_from(world, tmp_pat
         (["--eval_ratio", "0.3"], "held_out_pairs: "),
         (["--seed", "5"], "seed: 0 there, 5 here"),
         (["--train_sampling_strategy", "sequential"], "train_sampling_strategy: random there, sequential here"),
+        (["--accelerator_config", '{"use_seedable_sampler": false}'], "accelerator_config: "),
     ):
         with pytest.raises(run_reward_train.InputError, match=said):
             run_reward_train.main([*again, *changed])
     run_reward_train.main([*again, "--chunk_size", "9", "--layout", "padded", "--logging_steps", "5"])
     with pytest.raises(run_reward_train.InputError, match="run.json is missing"):
         run_reward_train.main([*flags(world, output, batch_size=2), "--resume_from_checkpoint", str(world)])
+    (output / f"checkpoint-{STEPS}" / "optimizer.pt").unlink()
+    with pytest.raises(run_reward_train.InputError, match="is not whole any more: optimizer.pt is missing"):
+        run_reward_train.main(again)
 
 
 @pytest.mark.slow
@@ -383,6 +387,8 @@ def test_command_line_overrides_the_recipe_and_unknown_keys_are_refused(tmp_path
         (["--layout", "packed"], "argument --layout: invalid choice: 'packed' (choose from "),
         (["--max_steps", "ten"], "argument --max_steps: invalid int value: 'ten' (--help shows all flags)"),
         (["--chunk_size", "0"], "--chunk_size 0: must be at least 1"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0: must be at least 1"),
+        (["--max_steps", "0", "--num_train_epochs", "0"], "--num_train_epochs 0: must be above 0, or give --max_s"),
         (["--eval_strategy", "steps", "--eval_steps", "0", "--logging_steps", "0"], "non-zero"),
     ],
 )
@@ -392,6 +398,26 @@ def test_command_line_that_cannot_be_used_ends_in_one_line(given, message, tmp_p
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if "rror" in line]
     assert len(errors) == 1 and message in errors[0] and "Traceback" not in done.stderr and "usage" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "error: ValueError: One of min_lr or min_lr_rate should be"),
+        (["--learning_rate", "-1"], "error: ValueError: Invalid learning rate: -1.0"),
+        (["--optim", "lomo"], "error: ImportError: You need to install `lomo_optim`"),
+    ],
+)
+def test_what_a_library_refuses_is_said_in_one_line(world, tmp_path, given, message):
+    command = [
+        sys.executable,
+        "-m",
+        "RewardTrainer.train.run_reward_train",
+        *flags(world, tmp_path / "out", 2),
+        *given,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_weight_that_the_loss_ignores_is_refused_before_anything_is_read(tmp_path):
@@ -444,9 +470,26 @@ def test_figures_of_a_run_that_was_gone_on_from_are_those_of_the_whole_run(world
     assert resumed["resumed_at_step"] == 10
     assert resumed["train_steps_per_second"] == pytest.approx(4 / resumed["train_runtime"], rel=1e-3)
     run_reward_train.main([*given, "--resume_from_checkpoint", "last"])
-    finished = figures()
-    assert finished["train_loss"] == pytest.approx(resumed["train_loss"])
-    assert finished["resumed_at_step"] == 14 and not any("second" in name for name in finished)
+    assert figures() == resumed
+
+
+def test_a_finished_run_is_exported_anew_and_not_trained_further(world, tmp_path):
+    output = tmp_path / "out"
+    given = [*flags(world, output, batch_size=2), "--max_steps", "5", "--logging_steps", "3", "--save_steps", "5"]
+    given += ["--lr_scheduler_type", "constant", "--warmup_steps", "0", "--learning_rate", "1e-3"]
+    run_reward_train.main(given)
+    weights = (output / "model.safetensors").read_bytes()
+    before = json.loads((output / "metrics.json").read_text())
+    for _ in range(2):
+        run_reward_train.main([*given, "--resume_from_checkpoint", "last", "--save_lm", "true"])
+        assert (output / "model.safetensors").read_bytes() == weights and (output / "lm").is_dir()
+        after = json.loads((output / "metrics.json").read_text())
+        assert (after["train"], after["speed"]) == (before["train"], before["speed"])
+        assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-5"]
+    (output / "metrics.json").unlink()  # as where the export was killed
+    run_reward_train.main([*given, "--resume_from_checkpoint", "last"])
+    assert (output / "model.safetensors").read_bytes() == weights
+    assert json.loads((output / "metrics.json").read_text())["train"]["resumed_at_step"] == 5
 
 
 def test_nothing_of_an_earlier_model_stays_beside_another_one(world, tmp_path):

@@ -163,8 +163,11 @@ def _answer(prompt: Conversation, response: object, name: str) -> Conversation:
         raise InputError(f"field `{name}` {fault}") from fault
 
 
-def reward_rows(rows: list[dict], engine: Engine) -> Iterator[tuple[dict, dict | str, int]]:
-    """(row, its new columns or why it has none, conversations that were cut) for each row, in order."""
+def reward_rows(
+    rows: list[dict], engine: Engine, known: dict[bytes, float] | None = None
+) -> Iterator[tuple[dict, dict | str, int]]:
+    """(row, its new columns or why it has none, conversations that were cut) for each row, in order. `known` is that
+    of `score_each_once`."""
     asked: list[tuple[dict, dict[str, list[Conversation]] | str]] = []
     for row in rows:
         try:
@@ -176,7 +179,7 @@ def reward_rows(rows: list[dict], engine: Engine) -> Iterator[tuple[dict, dict |
     ]
     encoded = engine.encode(flat)
     usable: list[list[Encoded]] = [row if isinstance(row, list) else [] for row in encoded]
-    rewards = {(row, number): reward for row, number, reward in score_each_once(engine, usable)}
+    rewards = {(row, number): reward for row, number, reward in score_each_once(engine, usable, known)}
     for index, ((row, parts), result) in enumerate(zip(asked, encoded, strict=True)):
         if isinstance(parts, str) or isinstance(result, InputError):
             yield row, parts if isinstance(parts, str) else str(result), 0
@@ -207,11 +210,11 @@ def run(arguments: ScoreFileArguments) -> dict[str, int]:
     first = list(islice(iterator, AT_ONCE))  # a file that does not fit is refused before the model loads
     engine = load_engine(arguments.model, **{name: getattr(arguments, name) for name in arguments.ENGINE_FLAGS})
     store = Store(output, Manifest(identity, made_with()), overwrite=arguments.overwrite)
-    cut = 0
+    cut, known = 0, {}
     with tqdm(desc=output, unit="row", file=sys.stderr) as progress:
         while first:
             todo = [row for row in first if (row.id if isinstance(row, BadRow) else row["id"]) not in store]
-            cut += _reward_and_write(todo, engine, store)
+            cut += _reward_and_write(todo, engine, store, known)
             progress.update(len(first))
             first = list(islice(iterator, AT_ONCE))
     counts = {"written": store.counts["done"], "failed": store.counts["failed"], "cut": cut}
@@ -228,13 +231,13 @@ def run(arguments: ScoreFileArguments) -> dict[str, int]:
     return counts
 
 
-def _reward_and_write(rows: list[dict | BadRow], engine: Engine, store: Store) -> int:
+def _reward_and_write(rows: list[dict | BadRow], engine: Engine, store: Store, known: dict[bytes, float]) -> int:
     """Rows, good or bad, into the store, in their order. Returns how many conversations were cut."""
-    good = reward_rows([row for row in rows if isinstance(row, dict)], engine)
+    good = reward_rows([row for row in rows if isinstance(row, dict)], engine, known)
     cut = 0
     for row in rows:
         if isinstance(row, BadRow):
-            store.write("failed", {"id": row.id, "reason": str(row), "raw": row.raw})
+            store.write("failed", row.as_failed())
             continue
         row, result, truncated = next(good)
         cut += truncated

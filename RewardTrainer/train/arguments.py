@@ -273,7 +273,10 @@ class DistilConfig(TrainingArguments):
             )
         if self.kl_temperature <= 0:
             raise InputError(f"--kl_temperature {self.kl_temperature:g}: must be above 0")
-        for name in ("chunk_size", "max_tokens_per_batch"):
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise InputError(f"--num_train_epochs {self.num_train_epochs:g}: must be above 0, or give --max_steps")
+        counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for name in (*counts, "chunk_size", "max_tokens_per_batch"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.use_liger_kernel and (self.use_cpu or not is_liger_kernel_available()):
@@ -302,6 +305,7 @@ class _Parser(TrlParser):
     def set_defaults_with_config(self, **values) -> list[str]:
         types = {name: each for part in self.dataclass_types for name, each in get_type_hints(part).items()}
         optional = {name for name, each in types.items() if type(None) in get_args(each)}
+        values = {name: _expanded(value) for name, value in values.items()}
         for action in self._actions:
             name, value = action.dest, values.get(action.dest)
             if name in values and value is None and name not in optional:
@@ -321,6 +325,11 @@ class _Parser(TrlParser):
                 except ArgumentError as fault:
                     raise InputError(f"{self.recipe}: {_one_spelling(str(fault))}") from fault
         return super().set_defaults_with_config(**values)
+
+
+def _expanded(value: object) -> object:
+    """`~/file` in full, as a shell writes it."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _one_spelling(message: str) -> str:

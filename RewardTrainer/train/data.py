@@ -97,10 +97,10 @@ def encode_pairs(rows: Sequence[dict], *arguments, **options) -> tuple[list[Pair
     if rows and not features:
         reasons = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
         of_teacher = sum(count for name, count in counts.items() if name.endswith("_to_teacher"))
-        remedy = "raise --max_length"
+        remedy = "raise --max_length, where the student takes more"
         if len(rows) in (counts["equal_tokens"], of_teacher):
             remedy = template if counts["equal_tokens"] else "take a teacher with a longer context"
-        raise InputError(f"0 of {len(rows)} pairs can be trained on ({reasons}): {remedy}")
+        raise InputError(f"0 of {len(rows)} pairs can be used ({reasons}): {remedy}")
     return features, counts
 
 

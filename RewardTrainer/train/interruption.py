@@ -25,7 +25,9 @@ from RewardTrainer.train.data import PairFeatures
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-COMPLETE_FILE = "checkpoint_complete"  # beside it, once all that a run goes on from is written
+COMPLETE_FILE = (
+    "checkpoint_complete"  # beside it, once all that a run goes on from is written: names and sizes of that
+)
 EXIT_CODE = 128 + signal.SIGTERM
 # Flags that do not decide a run's curve, by how they begin; all others do, known here or not. Where things are written
 # and said; how steps are cut and spread (`pairs_a_step` and `optimizer_state` say what of that counts) and how fast
@@ -35,7 +37,7 @@ HARMLESS = (
     *("per_device_", "gradient_accumulation_steps", "average_tokens_across_devices", "layout", "max_tokens_per_batch"),
     *("chunk_size", "gradient_checkpointing", "torch_compile", "use_liger_kernel", "liger_kernel_config", "use_cache"),
     *("torch_empty_cache_steps", "tf32", "full_determinism", "attn_implementation", "trust_remote_code", "use_cpu"),
-    *("accelerator_config", "parallelism_config", "ddp_", "fsdp", "deepspeed", "local_rank", "debug"),
+    *("parallelism_config", "ddp_", "fsdp", "deepspeed", "local_rank", "debug"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "length_column_name", "label_names"),
     *("eval_", "prediction_loss_only", "batch_eval_metrics", "include_", "do_", "skip_memory_metrics"),
@@ -102,6 +104,9 @@ def run_settings(
     }
     # How the step's pairs are spread over ranks and micro-batches is free.
     step = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    sampling = args.accelerator_config.to_dict()  # of batches; with it, of no account, a copy of the accumulation
+    apart = ("gradient_accumulation_kwargs", "non_blocking")
+    settings["accelerator_config"] = {name: value for name, value in sampling.items() if name not in apart}
     settings |= {"pairs_a_step": step, "optimizer_state": _optimizer_state(args)}
     settings |= {"train_pairs": _digest(train_pairs), "held_out_pairs": _digest(eval_pairs)}
     return json.loads(json.dumps(settings, default=str))
@@ -125,6 +130,18 @@ def _digest(pairs: Sequence[PairFeatures]) -> str:
     return f"{len(pairs)} pairs, {digest.hexdigest()[:16]}"
 
 
+def mark_complete(checkpoint: Path) -> None:
+    """Say of a checkpoint that it is whole, and what is in it."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE_FILE]
+    text = json.dumps({str(path.relative_to(checkpoint)): _size(path) for path in sorted(files)}, indent=2)
+    (checkpoint / COMPLETE_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None where there is none."""
+    return path.stat().st_size if path.is_file() else None
+
+
 def check_resume(checkpoint: str | Path, settings: dict) -> None:
     """Raises InputError where the checkpoint lacks a part, or its run had other settings or rows, which it names."""
     file = Path(checkpoint) / RUN_FILE
@@ -134,6 +151,12 @@ def check_resume(checkpoint: str | Path, settings: dict) -> None:
         raise InputError(
             f"--resume_from_checkpoint: {checkpoint} is not whole: its save was killed, or --save_only_model left the "
             "optimizer out; begin anew"
+        )
+    written = json.loads((Path(checkpoint) / COMPLETE_FILE).read_text(encoding="utf-8") or "{}")
+    if lost := [name for name, size in written.items() if size != _size(Path(checkpoint) / name)]:
+        raise InputError(
+            f"--resume_from_checkpoint: {checkpoint} is not whole any more: {', '.join(lost[:5])} is missing, or has "
+            "not the length that it had; copy it again, or begin anew"
         )
     before = json.loads(file.read_text(encoding="utf-8"))
     differences = [

@@ -43,7 +43,7 @@ from RewardTrainer.train.cached_teacher import teacher_tokenizer as load_teacher
 from RewardTrainer.train.checkpoint import check_output_dir, load_student, load_tokenizer
 from RewardTrainer.train.data import PairFeatures, encode_pairs, load_mixture, parse_weights
 from RewardTrainer.train.data_stats import data_statistics, text_table
-from RewardTrainer.train.interruption import EXIT_CODE, Interrupted, check_resume, run_settings
+from RewardTrainer.train.interruption import COMPLETE_FILE, EXIT_CODE, Interrupted, check_resume, run_settings
 from RewardTrainer.train.lora import add_adapters
 from RewardTrainer.train.losses import check_weights, loss_spec
 from RewardTrainer.train.model_card import write_card
@@ -224,6 +224,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: DistilConf
     )
     args.use_liger_kernel = use_liger_kernel  # as it was asked for, in what is written of this run
     check_launch(trainer)
+    earlier = figures_after(resume_from, args.output_dir)
     try:
         result = trainer.train(resume_from_checkpoint=resume_from)
     except Interrupted as stopped:
@@ -246,6 +247,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: DistilConf
     metrics["counts"] = {"train": dict(train_counts), "eval": dict(eval_counts)}
     metrics["data"] = statistics
     metrics["speed"] = summary(trainer.state.log_history, args.device)
+    if trainer.state.global_step == trainer.speed.resumed_at:  # finished before: exported anew, not trained
+        metrics |= earlier
     # All metrics are in the scale of training; the export's may be another one.
     metrics["rewards"] = {**scale._asdict(), "pairs": len(measured), "held_out": bool(eval_pairs)}
     metrics["rewards"]["normalized_in_export"] = args.normalize_rewards and scale.std > 0
@@ -362,6 +365,17 @@ def find_checkpoint(args: DistilConfig) -> str | None:
     return last
 
 
+def figures_after(checkpoint: str | None, output_dir: str) -> dict:
+    """What metrics.json says of the training, where it was written after this checkpoint, its last; else {}."""
+    file = Path(output_dir) / "metrics.json"
+    if checkpoint is None or not file.exists():
+        return {}
+    if file.stat().st_mtime_ns < (Path(checkpoint) / COMPLETE_FILE).stat().st_mtime_ns:
+        return {}
+    metrics = json.loads(file.read_text(encoding="utf-8"))
+    return {name: metrics[name] for name in ("train", "speed") if name in metrics}
+
+
 def check_launch(trainer: DistilTrainer) -> None:
     """Says how the run is distributed, and refuses one that is not what was asked for."""
     args, accelerator = trainer.args, trainer.accelerator
@@ -405,6 +419,16 @@ def check_launch(trainer: DistilTrainer) -> None:
     )
 
 
+def _is_refusal(fault: Exception) -> bool:
+    """Whether a library refuses what it is set up with (a value out of its range, a package that it wants, a place
+    that it cannot reach), which it says itself: the fault is not of a step, and was not raised in this code."""
+    frames = traceback.extract_tb(fault.__traceback__)
+    in_step = any(frame.name in ("training_step", "evaluate", "save_model") for frame in frames)
+    here = Path(frames[-1].filename).is_relative_to(REPOSITORY) and "site-packages" not in frames[-1].filename
+    kinds = ValueError | TypeError | ImportError | OSError | RuntimeError
+    return isinstance(fault, kinds) and bool(str(fault)) and not in_step and not here
+
+
 @patient_streams()
 def program() -> NoReturn:
     """`main` and the end of the process, with exit code 0, 1 (a fault that the user can mend; others keep their
@@ -427,8 +451,11 @@ def program() -> NoReturn:
         print(f"error: out of memory: {said}. Less is needed with {remedy}.", file=sys.stderr)
     except Interrupted:
         code = EXIT_CODE
-    except Exception:
-        traceback.print_exc()
+    except Exception as fault:
+        if _is_refusal(fault):
+            print(f"error: {type(fault).__name__}: {' '.join(str(fault).split())}", file=sys.stderr)
+        else:
+            traceback.print_exc()
     atexit._run_exitfuncs()  # trackers upload their last lines there
     sys.stdout.flush()
     sys.stderr.flush()

@@ -45,7 +45,7 @@ from RewardTrainer.train.cached_teacher import CachedTeacher
 from RewardTrainer.train.data import PairFeatures
 from RewardTrainer.train.fp32_head import MastersAtStart, follow_masters, hold_masters, with_masters
 from RewardTrainer.train.generative import compact_shared
-from RewardTrainer.train.interruption import COMPLETE_FILE, RUN_FILE, SaveOnSigterm
+from RewardTrainer.train.interruption import COMPLETE_FILE, RUN_FILE, SaveOnSigterm, mark_complete
 from RewardTrainer.train.lora import has_adapters, save_adapters
 from RewardTrainer.train.losses import center_loss, check_weights, loss_spec, reward_loss
 from RewardTrainer.train.speed import Speed, peak_flops, whole_run
@@ -444,7 +444,14 @@ class DistilTrainer(Trainer):
         if self.args.should_save:
             (mark.parent / RUN_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
             if not self.args.save_only_model:
-                mark.touch()
+                mark_complete(mark.parent)
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """An epoch, unless the run is finished: resumed at its --max_steps, the Trainer would take another step."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
 
     def _load_best_model(self) -> None:
         """The Trainer would look for the module's own names in a file that has a stock model's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,22 +48,31 @@ class Engine(Protocol):
         """
 
 
-def score_each_once(engine: Engine, rows: Sequence[Sequence[Encoded]]) -> Iterator[tuple[int, int, float]]:
+def score_each_once(
+    engine: Engine, rows: Sequence[Sequence[Encoded]], known: dict[bytes, float] | None = None
+) -> Iterator[tuple[int, int, float]]:
     """`Engine.score`, with equal conversations of all rows run once, so that they get one reward.
 
     Rounding depends on where a conversation stands in a batch, and rewards 1e-6 apart would decide what is a tie.
+    `known` keeps the rewards, by a hash of their conversation, from one call to the next.
     """
+    known = {} if known is None else known
     distinct: list[list[Encoded]] = []
-    keys: list[list[tuple[int, ...] | str]] = []  # of `distinct`
-    places: dict[tuple[int, ...] | str, list[tuple[int, int]]] = {}
+    keys: list[list[bytes]] = []  # of `distinct`
+    places: dict[bytes, list[tuple[int, int]]] = {}
     for row, conversations in enumerate(rows):
         distinct.append([])
         keys.append([])
         for number, conversation in enumerate(conversations):
-            key = conversation.ids or json.dumps(conversation.messages)
+            text = json.dumps(conversation.ids or conversation.messages)
+            key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            if key in known:
+                yield row, number, known[key]
+                continue
             if key not in places:
                 distinct[-1].append(conversation)
                 keys[-1].append(key)
             places.setdefault(key, []).append((row, number))
     for row, number, reward in engine.score(distinct):
+        known[keys[row][number]] = reward
         yield from ((*place, reward) for place in places[keys[row][number]])
