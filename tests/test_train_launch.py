@@ -572,7 +572,8 @@ def test_rows_are_no_longer_than_the_model_takes(world, tmp_path, caplog, side):
     with pytest.raises(run_reward_train.InputError, match=f"row-0-3 has .* {said[side]}"):
         run_reward_train.main([*given, "--overlong", "error"])
     run_reward_train.main([*given, "--overlong", "drop"])
-    assert json.loads((tmp_path / "out/metrics.json").read_text())["counts"]["train"]["overlong"] >= 1
+    reason = {"student": "overlong", "teacher": "overlong_to_teacher"}[side]
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["counts"]["train"][reason] >= 1
     run_reward_train.main([*given, "--overlong", "truncate_prompt"])
     assert side == "teacher" or "--max_length 512 is over what the student takes; it is 40" in caplog.text
     assert json.loads((tmp_path / "out/metrics.json").read_text())["counts"]["train"]["truncated"] >= 1
