@@ -305,6 +305,15 @@ def test_an_answer_that_dribbles_is_over_at_the_time_out(server):
         answers(server, [ask()], timeout=0.3, max_retries=0)
 
 
+def test_a_wait_that_the_server_asks_for_is_obeyed(server):
+    server.sent_headers = {"Retry-After": "2"}
+    replies = iter([refusal(429, "slowly"), reply()])
+    server.script = lambda body: next(replies)
+    started = time.monotonic()
+    assert answers(server, [ask()])[0].text == "yes"
+    assert time.monotonic() - started >= 2.0  # its own first wait would be half a second
+
+
 def test_a_wait_longer_than_the_client_waits_is_told_and_no_retry_is_claimed(server):
     server.sent_headers = {"Retry-After": "3600"}
     server.script = lambda body: refusal(429, "come later")
