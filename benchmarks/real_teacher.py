@@ -1,6 +1,6 @@
 """What becomes of a real LLM's replies under the shipped prompts, and of its rewards: rates of every outcome.
 
-    python benchmarks/real_teacher.py --model HuggingFaceTB/SmolLM2-135M-Instruct        # 20 minutes on 2 cores
+    python benchmarks/real_teacher.py --model HuggingFaceTB/SmolLM2-135M-Instruct        # 10 minutes on 2 cores
     python benchmarks/real_teacher.py --model path/of/any/instruct/model --pairs pairs.jsonl --rows 100 --train 0
 
 Twelve short pairs written for this (`real_pairs.jsonl`), or yours, go through the commands with the paper's prompts,
