@@ -258,7 +258,7 @@ class DistilConfig(TrainingArguments):
             self.use_cpu = True
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
         if self.disable_tqdm is None and not (sys.stderr and sys.stderr.isatty()):
-            self.disable_tqdm = True  # in a file its bars are lines of cursor codes; the figures are printed all the same
+            self.disable_tqdm = True  # in a file bars are lines of cursor codes; the figures are printed all the same
         super().__post_init__()
         if not self.use_cpu:
             self.accelerator_config.non_blocking = True  # the data loader would wait for all that is under way
