@@ -97,7 +97,8 @@ class FileArguments:
 def check_other_files(output: str, source: str) -> None:
     """Raises InputError where what is written, `output` or a file beside it, is the file of an input, by any name: by
     a link of either kind, by another mount of its directory, in other capitals on a file system that folds them."""
-    for suffix in ("", ".filtered.jsonl", ".failed.jsonl", ".new.failed.jsonl", ".manifest.json"):
+    files = ("", ".filtered.jsonl", ".failed.jsonl", ".new.filtered.jsonl", ".new.failed.jsonl", ".manifest.json")
+    for suffix in (name + ending for name in files for ending in ("", ".new", ".part")):  # those of `store` and others
         written = output + suffix
         same = os.path.exists(written) and os.path.exists(source) and os.path.samefile(written, source)
         if same or os.path.realpath(written) == os.path.realpath(source):
@@ -230,11 +231,13 @@ class StageArguments(FileArguments):
 
     def validate(self) -> None:
         super().validate()
+        if self.base_url is not None and not self.base_url.strip():
+            raise InputError("--base_url is empty: name the server, or leave the flag out")
         if self.num_engines and self.base_url:
             raise InputError("--num_engines and --base_url exclude each other: the server has engines of its own")
-        names = [name.strip("<>[]/ ") for name in self.thinking_tags or ()]
+        names = [name.strip("<>[]/ \u25c1\u25b7") for name in self.thinking_tags or ()]
         for given, name in zip(self.thinking_tags or (), names, strict=True):
-            if not re.fullmatch(r"[\w.-]+", name):
+            if not re.fullmatch(r"[^\s<>\[\]/=\u25c1\u25b7]+", name):
                 raise InputError(f"--thinking_tags {given!r}: give the name of a tag, as scratchpad of <scratchpad>")
         self.thinking_tags = names or None
         if unknown := set(self.leave_out or ()) - {"temperature", "top_p", "seed"}:

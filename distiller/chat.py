@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from distiller.engine import AskError
 
-THINKING = ("think", "thinking", "thought", "thoughts", "reasoning")
+THINKING = ("think", "thinking", "thought", "thoughts", "reasoning", "seed:think")
 ROLES = ("system", "user", "assistant")
 
 
@@ -44,8 +44,9 @@ def check_messages(messages: list[dict]) -> None:
 
 @dataclass(frozen=True)
 class ThinkingMarks:
-    """How a teacher marks its thinking: `<name>...</name>`, `[NAME]...[/NAME]` in any case, by the names, or a channel
-    of the harmony format (gpt-oss), which ends where the next one begins."""
+    """How a teacher marks its thinking: `<name>...</name>`, `[NAME]...[/NAME]` or Kimi's triangles around the names,
+    in any case; OpenThinker's `<|begin_of_thought|>`; a channel of the harmony format (gpt-oss), which ends where the
+    next one begins."""
 
     opening: re.Pattern
     closing: re.Pattern
@@ -113,6 +114,10 @@ class ThinkingMarks:
         prompt = prompt.rstrip()
         return next((mark[0] for mark in self.opening.finditer(prompt) if mark.end() == len(prompt)), "")
 
+    def uses(self, token: str) -> bool:
+        """Whether a token is a mark, or part of one."""
+        return token == "<|channel|>" or bool(self.opening.fullmatch(token) or self.closing.fullmatch(token))
+
     def left(self, text: str, *known: str) -> str | None:
         """A mark in the text that is in none of the known ones, where it would be what they speak of."""
         marks = (mark[0] for pattern in (self.opening, self.closing) for mark in pattern.finditer(text))
@@ -120,22 +125,31 @@ class ThinkingMarks:
 
 
 def _name(mark: str) -> str:
-    """What an opening mark and its own closing one have in common."""
-    return "" if "|" in mark else mark.strip("<>[]/ \t\r").casefold()
+    """What an opening mark and its own closing one have in common: the tag's name, "" for the harmony format."""
+    if "channel" in mark or mark.casefold() in ("analysis", "assistantfinal"):
+        return ""
+    if "_of_" in mark:
+        return "thought"
+    return re.search(r"[^\s<>\[\]/\u25c1\u25b7=]+", mark)[0].casefold()
 
 
 @lru_cache(maxsize=8)
 def thinking_marks(names: tuple[str, ...] = ()) -> ThinkingMarks:
     """Of the usual names (`THINKING`) and these."""
     name = f"(?:{'|'.join(map(re.escape, (*THINKING, *names)))})"
-    start, final = (
-        r"<\|channel\|>analysis<\|message\|>",
-        r"(?:<\|end\|>)?(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>",
+    attributes = r"(?:\s+\w+\s*=[^<>]*)?"
+    start = (
+        r"<\|channel\|>analysis<\|message\|>"
+        r"|\Aanalysis(?=[\s\S]*?assistantfinal)"  # the same, where special tokens are left out
+        r"|<\|begin_of_thought\|>"
     )
-    closing = rf"</{name}>|\[/{name}\]|{final}"
+    final = (
+        r"(?:<\|end\|>)?(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>|assistantfinal|<\|end_of_thought\|>"
+    )
+    closing = rf"<\s*/\s*{name}\s*>|\[/{name}\]|\u25c1/{name}\u25b7|{final}"
     return ThinkingMarks(
-        re.compile(rf"<{name}>|\[{name}\]|{start}", re.IGNORECASE),
+        re.compile(rf"<\s*{name}{attributes}\s*>|\[{name}\]|\u25c1{name}\u25b7|{start}", re.IGNORECASE),
         re.compile(closing, re.IGNORECASE),
         re.compile(rf"^[ \t]*(?:{closing})[ \t]*\r?$", re.IGNORECASE | re.MULTILINE),
-        frozenset(("", "think", *(name.casefold() for name in names))),
+        frozenset(("", "think", "seed:think", *(name.casefold() for name in names))),
     )

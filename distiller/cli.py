@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -282,10 +283,12 @@ def resume_command(args: StageArguments, begun: bool) -> str:
     undo = [word for name in done for word in (f"--{name}", "false")]
     script = os.environ.get("RM_DISTILLER_COMMAND")
     command = ["bash", script] if script else ["python", sys.argv[0]]
-    given = [_shown(word) for word in sys.argv[1:]]
+    given = [_shown(word, before) for before, word in pairwise(["", *sys.argv[1:]])]
     return shlex.join([*command, *given, *undo])
 
 
-def _shown(word: str) -> str:
-    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    return flag + equals + (shown_url(value) if value.startswith(("http://", "https://")) else value)
+def _shown(word: str, before: str) -> str:
+    """A word of the command line, without what is secret in it where it is an address."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else (before, "", word)
+    address = flag in ("--base_url", "--base-url") or "://" in value
+    return (f"{flag}=" if equals == "=" else "") + shown_url(value) if address and value else word

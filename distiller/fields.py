@@ -17,7 +17,8 @@ RESPONSE_FIELDS = ("chosen", "rejected", "response", "teacher_response", "refine
 NUMBER_FIELDS = ("chosen_score", "rejected_score", "original_chosen_score", "margin", "edit_similarity")
 TEXT_FIELDS = ("diagnosis",)
 ROLES = ("system", "user", "assistant")
-NOT_PASSED_ON = ("images", "tools")  # TRL's names of what a teacher or a student would have to see beside the text
+NOT_PASSED_ON = ("image", "images", "videos", "audio", "tools", "functions")
+"""Usual names of what a teacher or a student would have to see beside the text."""
 NOTHING = ("", "[]", "{}", "null", "none")
 NOTHING_IN_IT = "fill it in, or leave the row out"
 _MESSAGES_PRINTED = re.compile(r"\s*\[\s*\{\s*'(?:role|content)'")
@@ -83,7 +84,7 @@ def prompt_messages(prompt: str | list[dict]) -> list[dict]:
 def response_text(response: str | list[dict]) -> str:
     """The text of a response: itself, or that of `[{"role": "assistant", "content": text}]`. Raises InputError."""
     if not isinstance(response, str):
-        messages = _messages([response] if isinstance(response, dict) else response)
+        messages = _messages(response)
         if len(messages) != 1 or messages[0]["role"] != "assistant":
             raise Unfit(
                 "must be one assistant message",
@@ -114,6 +115,19 @@ def read_cells(row: dict) -> None:
             if row[name] is cell and _MESSAGES_PRINTED.match(cell):
                 remedy = "save messages as JSON (or the table as JSONL or Parquet), not as Python prints them"
                 raise Unfit(f"field `{name}` is a list as text, and no JSON", remedy)
+
+
+def read_sharegpt(row: dict) -> None:
+    """Messages of ShareGPT's form (`from`, `value`) become ours, in place; so does a single one as a response."""
+    for name in ("prompt", "messages", *RESPONSE_FIELDS):
+        value = row.get(name)
+        turns = [value] if isinstance(value, dict) and name in RESPONSE_FIELDS else value
+        if isinstance(turns, list) and turns and all(_is_sharegpt(turn) for turn in turns):
+            row[name] = [{"role": _FROM[turn["from"]], "content": turn["value"]} for turn in turns]
+
+
+def _is_sharegpt(turn: object) -> bool:
+    return isinstance(turn, dict) and "value" in turn and isinstance(turn.get("from"), str) and turn["from"] in _FROM
 
 
 def _dialogue(text: object) -> list[dict] | None:
@@ -188,12 +202,12 @@ def _messages(value: object) -> list[dict]:
         raise Unfit("is empty", NOTHING_IN_IT)
     messages = []
     for message in value:
-        if isinstance(message, dict) and message.keys() >= {"from", "value"}:
-            message = {"role": _FROM.get(message["from"], message["from"]), "content": message["value"]}
         role = message.get("role") if isinstance(message, dict) else None
         if role in ("tool", "function"):
             raise Unfit(f"has a {role} message", "tool use is not supported: tell it as text, or leave the row out")
-        if isinstance(message, dict) and message.get("tool_calls"):
+        if isinstance(message, dict) and any(message.get(name) for name in NOT_PASSED_ON):
+            raise Unfit("has more than text", "only text is passed on: take it out, or leave the row out")
+        if isinstance(message, dict) and (message.get("tool_calls") or message.get("function_call")):
             raise Unfit("has tool calls", "tool use is not supported: tell it as text, or leave the row out")
         if role == "developer":
             raise Unfit("has a developer message", 'write "system", which is what chat templates call it')

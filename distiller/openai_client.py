@@ -26,28 +26,27 @@ CONNECT_SECONDS = 5.0  # a machine that is off must be found out within a minute
 
 
 class _Bounded(openai.DefaultAsyncHttpxClient):
-    """A client whose every request is over after `seconds`, its answer's body included. The libraries' own time-out is
-    for the wait between two bytes: a server that dribbles never meets it."""
-
-    def __init__(self, seconds: float, **options: object) -> None:
-        super().__init__(**options)
-        self._seconds = seconds
+    """A client whose time-out is for a whole request, its answer's body included. The libraries take it for the wait
+    between two bytes, which a server that dribbles never makes too long."""
 
     async def send(self, request: object, **options: object) -> object:
+        seconds = request.extensions["timeout"]["read"]
         try:
-            async with asyncio.timeout(self._seconds):
+            async with asyncio.timeout(seconds):
                 return await super().send(request, **options)
         except TimeoutError as late:  # as what the library calls it, which the client retries
             library = sys.modules[type(request).__module__.partition(".")[0]]
-            raise library.ReadTimeout(f"no whole answer in {self._seconds:g} seconds", request=request) from late
+            raise library.ReadTimeout(f"no whole answer in {seconds:g} seconds", request=request) from late
 
 
 def make_client(base_url: str, timeout: float, max_retries: int) -> openai.AsyncOpenAI:
     """The client for `base_url`, whose query goes with every request; the key is OPENAI_API_KEY ("EMPTY" without one).
     Raises EngineNotStarted."""
     url = base_url.strip()
-    if not url.startswith(("http://", "https://")):
-        raise EngineNotStarted(f"--base_url {url!r} must start with http:// or https:// (and usually end with /v1)")
+    if not url.casefold().startswith(("http://", "https://")):
+        raise EngineNotStarted(
+            f"--base_url {shown_url(url)} must start with http:// or https:// (and usually end with /v1)"
+        )
     parts = urlsplit(url)
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
         if os.environ.get(name) and not Path(os.environ[name]).exists():
@@ -55,10 +54,10 @@ def make_client(base_url: str, timeout: float, max_retries: int) -> openai.Async
     # No proxy leads to this machine; SSL_CERT_FILE counts here too, which is read by ssl itself.
     direct = {"trust_env": False, "verify": ssl.create_default_context()} if _is_here(parts.hostname) else {}
     try:
-        through = _Bounded(timeout, event_hooks={"response": [settle_status]}, **direct)
+        through = _Bounded(event_hooks={"response": [settle_status]}, **direct)
     except ssl.SSLError as fault:
         raise EngineNotStarted(f"SSL_CERT_FILE or SSL_CERT_DIR names no certificates ({fault}): unset it") from fault
-    except (ImportError, ValueError, OSError) as fault:
+    except Exception as fault:  # of many kinds: a package that is missing, an address that is none
         proxies = ", ".join(f"{name.upper()}_PROXY={shown_url(value)}" for name, value in getproxies().items())
         raise EngineNotStarted(
             f"no client can be made with {proxies or 'this environment'}: {fault}; correct or unset it, or put "

@@ -42,10 +42,9 @@ from openai.types.completion_usage import PromptTokensDetails
 
 from distiller.chat import ThinkingMarks, check_messages, thinking_marks
 from distiller.engine import Ask, AskError, Completion, EngineDead, EngineNotStarted, Sampling
-from distiller.fields import InputError, content_text
 from distiller.openai_choices import weigh
 from distiller.openai_client import cause_of, make_client
-from distiller.openai_faults import is_no_json, said, shown_url, without_key
+from distiller.openai_faults import is_no_json, said, secrets_of, shown_url, without_secrets
 from distiller.usage import Usage
 
 LIST_SECONDS = 10.0  # how long a server gets to list its models
@@ -95,6 +94,7 @@ class OpenAIEngine:
         self.model = model
         self.sampling = sampling
         self.base_url = shown_url(base_url)
+        self._secrets = secrets_of(base_url)
         self.capacity = max_concurrency
         self._timeout = timeout
         self.template_kwargs = dict(chat_template_kwargs or {})
@@ -120,7 +120,7 @@ class OpenAIEngine:
                 raise EngineDead(f"{self.base_url} does not answer so much as {TINY[0]['content']!r}: {answer}")
         except EngineDead as error:
             self.close()
-            raise EngineNotStarted(without_key(str(error))) from error
+            raise EngineNotStarted(without_secrets(str(error), self._secrets)) from error
 
     def submit(self, key: int, ask: Ask) -> None:
         """Queue one ask; at most `max_concurrency` are sent at once, the others wait. Raises EngineDead."""
@@ -140,7 +140,7 @@ class OpenAIEngine:
             try:
                 results.append((key, future.result()))
             except EngineDead as error:
-                self._dead = EngineDead(without_key(str(error)))
+                self._dead = EngineDead(without_secrets(str(error), self._secrets))
         if self._dead and not results:
             raise self._dead
         return results
@@ -158,7 +158,8 @@ class OpenAIEngine:
             if not isinstance(answer, _Passing):
                 break
         if isinstance(answer, AskError):
-            return AskError(without_key(str(answer)), **usage.tokens, raw=answer.raw)
+            raw = answer.raw and without_secrets(answer.raw, self._secrets)
+            return AskError(without_secrets(str(answer), self._secrets), **usage.tokens, raw=raw)
         return replace(answer, **usage.tokens)
 
     async def _ask_once(self, ask: Ask) -> Completion | AskError:
@@ -268,7 +269,7 @@ class OpenAIEngine:
                 )
         if _refused(error):
             named = _fields_named(error) - self._left_out
-            able = "It may not take --top_k, chat template arguments, or so large a --max_tokens"
+            able = "It may not take top_k (--top_k -1 sends none), chat template arguments, or so large a --max_tokens"
             remedy = f"To send it no such field: --leave_out {' '.join(sorted(named))}" if named else able
             return f"{self.base_url} refuses every request ({words}). {remedy}"
         address = " and --base_url (it usually ends with /v1)" if is_no_json(error.response) else ""
@@ -345,8 +346,11 @@ def _completion(response: ChatCompletion, marks: ThinkingMarks, messages: list[d
         return _Passing("the server's answer holds no message", **tokens)
     extra = choice.message.model_extra or {}
     thinking = extra.get("reasoning_content") or extra.get("reasoning") or None
-    text = raw = _text(choice.message.content)
+    text, of_parts = _of_parts(choice.message.content)
+    thinking, raw = thinking or of_parts, text
     tokens["raw"] = text if isinstance(text, str) and text.strip() else thinking if isinstance(thinking, str) else None
+    if text is not None and not isinstance(text, str):
+        tokens["raw"] = json.dumps(text, ensure_ascii=False, default=str)
     refusal = f": {choice.message.refusal}" if choice.message.refusal else ""
     ended = FINISH_REASONS.get(str(choice.finish_reason).casefold())
     if ended not in ("stop", "length"):
@@ -374,12 +378,21 @@ def _completion(response: ChatCompletion, marks: ThinkingMarks, messages: list[d
     return Completion(text=text, reasoning=thinking, **kept, **tokens)
 
 
-def _text(content: object) -> object:
-    """A message's content; that of parts, if all are text, is their text."""
-    try:
-        return content_text(content) if isinstance(content, list) else content
-    except InputError:
-        return content
+def _of_parts(content: object) -> tuple[object, str | None]:
+    """(a message's content, its thinking); of parts that are all text or thinking the text of either."""
+    if not isinstance(content, list) or not content:
+        return content, None
+    texts = {"text": "", "thinking": ""}
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        name = "text" if kind in ("text", "output_text") else "thinking"
+        said = part.get(kind, part.get("text")) if kind in ("text", "output_text", "thinking", "reasoning") else None
+        if isinstance(said, list):  # in parts of its own
+            said = _of_parts(said)[0]
+        if not isinstance(said, str):
+            return content, None
+        texts[name] += said
+    return texts["text"], texts["thinking"] or None
 
 
 def _tokens(response: ChatCompletion) -> dict[str, int | None]:

@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import os
 import re
+from base64 import b64encode
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 if TYPE_CHECKING:  # or httpx2, as the client has it
     import httpx
@@ -22,6 +24,8 @@ KEY = "OPENAI_API_KEY"
 AROUND = "\ufeff \t\r\n"
 """Not part of the key, wherever it was copied from."""
 SETTLED, NO_JSON = "settled", "no_json"  # extensions of a response
+LONGEST_OPEN = 3
+"""Characters of what is too short for a secret; to hide it would make any text unreadable."""
 MOST = 300
 """Characters of a body that are shown."""
 STATUSES = {
@@ -33,7 +37,10 @@ STATUSES = {
     **dict.fromkeys(("overloaded_error", "overloaded", "service_unavailable"), 503),
 }
 """What OpenAI and others write as an error's `code` or `type` in place of a number."""
-_WORDS = ("message", "msg", "detail", "error_message", "error", "errors", "title", "reason")
+_WORDS = ("message", "msg", "status_msg", "detail", "error_message", "error", "errors", "base_resp", "title", "reason")
+_SAID = ("content", "reasoning", "reasoning_content", "refusal")
+_ANSWERS = ("choices", "tokens", "data")
+"""What an answer of one kind or another has, and an error has not."""
 
 
 async def settle_status(response: httpx.Response) -> None:
@@ -57,11 +64,16 @@ def _status(response: httpx.Response) -> int | None:
         return None
     choices = body.get("choices")
     first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-    error = first.get("error") or (None if first else body.get("error"))
+    message = first.get("message")
+    answered = isinstance(message, dict) and any(message.get(name) for name in _SAID)
+    error = first.get("error") or (None if first.get("text") or answered else body.get("error"))
+    if not error and not any(body.get(name) for name in _ANSWERS) and _words(body):
+        error = body  # as FastAPI and others write it
     if not error:
         return None
-    named = [error.get(key) for key in ("code", "status", "type")] if isinstance(error, dict) else []
-    for value in [*named, body.get("code"), body.get("status")]:
+    names = ("code", "status", "status_code", "type")
+    parts = [part for part in (error, body, body.get("base_resp")) if isinstance(part, dict)]
+    for value in (part.get(name) for part in parts for name in names):
         if str(value).isdecimal() and 400 <= int(value) < 600:
             return int(value)
         if isinstance(value, str) and value.casefold() in STATUSES:
@@ -108,17 +120,34 @@ def _words(body: object) -> list[str]:
 
 
 def shown_url(url: str) -> str:
-    """Scheme, host and path of an address: a user, a password or a key in the query are not shown."""
+    """Scheme, host and path of an address, or of what should be one: a user, a password or a key in the query are not
+    shown."""
+    scheme, mark, rest = url.strip("'\" \t\r\n").rpartition("://")
+    rest = re.split("[?#]", rest, maxsplit=1)[0]
+    host, slash, path = rest.partition("/")
+    if "@" in host:
+        host = host.rpartition("@")[2]
+    elif "@" in path and ":" in host and not re.fullmatch(r"(\[[^]]*\]|[^:]*):\d+", host):  # a slash in the password
+        host, slash, path = path.rpartition("@")[2].partition("/")
+    return f"{scheme}{mark}{host}{slash}{path}"
+
+
+def secrets_of(base_url: str) -> dict[str, str]:
+    """{secret: what is shown in its place}: the key, and the password and the query's values of an address."""
+    found = {os.environ.get(KEY, "").strip(AROUND): f"[{KEY}]"}
     try:
-        parts = urlsplit(url.strip())
-        port = f":{parts.port}" if parts.port else ""
+        parts = urlsplit(base_url.strip())
+        hidden = [parts.username, parts.password, *(value for _, value in parse_qsl(parts.query))]
     except ValueError:
-        return "an address that cannot be read"
-    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    return f"{parts.scheme}://{host}{port}{parts.path}" if parts.scheme and host else parts.path
+        hidden = []
+    if hidden and parts.username:
+        hidden.append(b64encode(f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()).decode())
+    for secret in filter(None, hidden):
+        found |= {secret: "[--base_url]", quote(secret, safe=""): "[--base_url]", unquote(secret): "[--base_url]"}
+    return {secret: instead for secret, instead in found.items() if len(secret) > LONGEST_OPEN}
 
 
-def without_key(text: str) -> str:
-    """The text, the key in it made unreadable."""
-    key = os.environ.get(KEY, "").strip(AROUND)
-    return text.replace(key, f"[{KEY}]") if len(key) > 3 else text
+def without_secrets(text: str, secrets: Mapping[str, str]) -> str:
+    for secret in sorted(secrets, key=len, reverse=True):  # one may hold another
+        text = text.replace(secret, secrets[secret])
+    return text

@@ -30,6 +30,7 @@ from distiller.fields import (
     kind_of,
     prompt_messages,
     read_cells,
+    read_sharegpt,
     response_text,
     split_conversations,
 )
@@ -143,6 +144,7 @@ class Rows:
                     del unseen[ours]
                 _rename(row, self.columns)
                 fault = fault or self._read_values(row, from_cells)
+                read_sharegpt(row)
             key, fault_of_id = _own_id(row, number)
             fault = fault or fault_of_id or self._fault(row)
             if id_key(key) in seen:

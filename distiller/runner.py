@@ -110,7 +110,7 @@ def ask_until(
         if isinstance(reply, AskError):
             return Failed(str(reply), reply.raw)
         try:
-            _check_text(reply.text)
+            _check_reply(reply)
             parsed = parse(reply)
             return (yield from follow_up(reply)) if follow_up else parsed
         except ParseError as fault:
@@ -118,12 +118,16 @@ def ask_until(
     return failed
 
 
-def _check_text(text: str) -> None:
-    """A reply must be what a row may hold. Raises ParseError."""
-    if "\0" in text:
+def _check_reply(reply: Completion) -> None:
+    """A reply must have an answer, and be what a row may hold. Raises ParseError."""
+    if reply.reasoning and reply.finish_reason == "stop" and not reply.text.strip():
+        raise ParseError(
+            "the reply is all thinking: switch that off (--enable_thinking false, or the server's own way)"
+        )
+    if "\0" in reply.text:
         raise ParseError("the reply has a NUL character")
     try:
-        text.encode("utf-8")
+        reply.text.encode("utf-8")
     except UnicodeEncodeError as fault:
         raise ParseError("the reply has a lone surrogate, which is no character") from fault
 
@@ -145,8 +149,8 @@ class Summary:
     max_tokens_total: int | None = None
     unusable: int = 0
     """Of the failed rows, those that are input lines of no use."""
-    waiting: str | None = None
-    """Where the failed rows are, when the output is still that of an earlier run (see `Store`)."""
+    waiting: bool = False
+    """The output is still that of an earlier run (see `Store`)."""
 
     @property
     def failure_rate(self) -> float:
@@ -159,10 +163,11 @@ class Summary:
         return CAPPED if self.left else 0
 
     def __str__(self) -> str:
+        new = ".new" if self.waiting else ""
         names = {
             "done": self.output,
-            "filtered": f"{self.output}.filtered.jsonl",
-            "failed": self.waiting or f"{self.output}.failed.jsonl",
+            "filtered": f"{self.output}{new}.filtered.jsonl",
+            "failed": f"{self.output}{new}.failed.jsonl",
         }
         lines = [f"{self.counts[kind]} rows {kind}: {path}" for kind, path in names.items() if self.counts[kind]]
         for kind, reasons in self.reasons.items():
@@ -189,7 +194,7 @@ class Summary:
         if self.left:
             lines.append(
                 f"stopped at --max_tokens_total {self.max_tokens_total} with {self.left} rows left; the same command "
-                f"with a higher one{'' if self.waiting else ', and without --overwrite,'} goes on"
+                f"with a higher one{' begins anew' if self.waiting else ', and without --overwrite, goes on'}"
             )
         return "\n".join([*lines, f"finished in {_duration(self.seconds)}"])
 
@@ -252,8 +257,7 @@ def run_stage(
             left += store.counts["failed"]
         seconds = time.monotonic() - started
         facts = (store.counts, store.reasons, str(output), seconds, max_failure_rate, manifest.usage)
-        waiting = str(store.waiting.path) if store.waiting else None
-        return Summary(*facts, left, max_tokens_total, store.unusable, waiting)
+        return Summary(*facts, left, max_tokens_total, store.unusable, bool(store.waiting))
     finally:
         if engine is not None:
             engine.close()

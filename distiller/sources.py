@@ -31,7 +31,7 @@ NOT_TEXT = {  # how a file begins -> (what it is, what to do)
     b"\xfe\xff": ("is UTF-16 text", "save it as UTF-8"),
 }
 PARQUET, ARROW = b"PAR1", (b"ARROW1", b"\xff\xff\xff\xff")  # an Arrow file, or a stream
-TAR = (257, b"ustar")  # where in it what stands
+TAR = (257, b"ustar")  # where in it what stands, after a name that is filled up with NUL bytes
 CSV = {".csv": ",", ".tsv": "\t"}  # suffix -> what is between cells
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz")
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", *CSV, *PACKED_SUFFIXES)
@@ -134,7 +134,7 @@ def _json_lines(
     for magic, (what, remedy) in NOT_TEXT.items():
         if start.startswith(magic):
             raise InputError(f"{source} {what}, not JSONL: {remedy}")
-    if start[TAR[0] :].startswith(TAR[1]):
+    if start[TAR[0] :].startswith(TAR[1]) and b"\0" in start[: TAR[0]]:
         raise InputError(f"{source} is a tar archive, not JSONL: unpack it")
     file.seek(0)
     whole = None
@@ -195,7 +195,7 @@ def _cells(source: str, file: io.BufferedIOBase, delimiter: str) -> Iterator[tup
     reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
     try:
         begins = reader.line_num + 1 if reader.fieldnames else 1  # which reads the first line
-        twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
+        twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1 and name]
         if twice:
             raise InputError(f"{source}, line 1: the column `{twice[0]}` is there twice: rename or drop one of them")
         for row in reader:

@@ -7,8 +7,9 @@ the last line of a file can be torn; on opening, a torn line is cut off, and its
 is read from the files themselves, there is no second book that could disagree. And one process at a time: a lock on
 the output refuses the second.
 
-What `overwrite` replaces stays until the first new row is there that is worth keeping: a teacher of which nothing can
-be used must not cost the rows of an earlier one. Rows that fail until then wait in `<output>.new.failed.jsonl`.
+What `overwrite` replaces stays until there is a finished row to put in its place: a teacher of which nothing can be
+used must not cost the rows of an earlier one. Rows that fail or are filtered until then wait in
+`<output>.new.failed.jsonl` and `<output>.new.filtered.jsonl`.
 
 A kill loses nothing; a power cut may lose the last rows the operating system had not yet put on disk (there is no
 fsync), and those run again. The tokens used are written into the manifest five times a second: a kill loses the count
@@ -55,15 +56,16 @@ class LineFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.created = not path.exists()
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self.place = Path(os.path.realpath(path))  # of a link, which stays one
+        self.created = not self.place.exists()
+        self.descriptor = os.open(self.place, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self.locked = False
 
     def lock(self) -> None:
         """Held until this process ends or closes the file; a forked child does not inherit it. Raises InputError."""
         try:
             fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not self.path.exists() or not os.path.samestat(os.fstat(self.descriptor), self.path.stat()):
+            if not self.place.exists() or not os.path.samestat(os.fstat(self.descriptor), self.place.stat()):
                 raise BlockingIOError("the one who held it took the file away meanwhile")
             self.locked = True
         except (BlockingIOError, PermissionError) as fault:
@@ -71,6 +73,8 @@ class LineFile:
                 f"another command is writing {self.path} at this moment; let it end, or stop it"
             ) from fault
         except OSError as fault:
+            if self.created:
+                self.unlink()
             raise InputError(
                 f"{self.path} cannot be locked ({fault.strerror}), as on some network file systems, and two commands "
                 "might write it at once: give an --output on another disk"
@@ -110,14 +114,13 @@ class LineFile:
     def replace(self, rows: Iterable[dict]) -> None:
         """Put a file of other rows in its place, all or none. The old one is not touched: it may have another name, a
         hard link, too."""
-        path = Path(os.path.realpath(self.path))  # a link stays one
-        part = path.with_name(path.name + ".new")  # not .part: that of `whole_files` may be open elsewhere
+        part = self.place.with_name(self.place.name + ".new")  # not .part: that of `whole_files` may be open elsewhere
         fresh = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644)
         if self.locked:  # before anybody can open it
             fcntl.lockf(fresh, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with open(fresh, "wb", closefd=False) as file:
             file.writelines(dump_line(row) for row in rows)
-        os.replace(part, path)
+        os.replace(part, self.place)
         self.close()
         self.descriptor = fresh
 
@@ -129,7 +132,7 @@ class LineFile:
         self.replace(())
 
     def unlink(self) -> None:
-        self.path.unlink()
+        self.place.unlink()
 
     def close(self) -> None:
         os.close(self.descriptor)
@@ -172,8 +175,8 @@ class Store:
         """`open_done` opens what the finished rows go to: a LineFile, or what else has its methods. Raises InputError
         when the files belong to a run whose result would differ, or are in use."""
         self.manifest = manifest
-        self.waiting: LineFile | None = None
-        """The failed rows of this run, while those of an earlier one are in the files of `output`."""
+        self.waiting: dict[str, LineFile] = {}
+        """Where the failed and filtered rows of this run are, while those of an earlier one are in `files`."""
         self.manifest_path = Path(f"{output}.manifest.json")
         self.usage_saved = time.monotonic()
         paths = (Path(output), Path(f"{output}.filtered.jsonl"), Path(f"{output}.failed.jsonl"))
@@ -197,12 +200,13 @@ class Store:
         # And with no row left too: a retry may have been cut off after it forgot all rows.
         if not overwrite and (self.begun or (old is not None and old.retries)):
             self._check(old)
-        if overwrite and self.begun:
-            self.waiting = LineFile(Path(f"{self.files['done'].path}.new.failed.jsonl"))
-            self.waiting.clear()
+        if overwrite and not self.files["done"].empty:
+            for kind in ("filtered", "failed"):
+                self.waiting[kind] = LineFile(Path(f"{self.files['done'].path}.new.{kind}.jsonl"))
+                self.waiting[kind].clear()
         else:
             for file in self.files.values():
-                file.cut_torn_line()
+                file.clear() if overwrite else file.cut_torn_line()
         if old is not None:  # tokens may have been used before any row was finished
             self.manifest.usage.go_on_from(old.usage.as_dict())
         self._save_manifest()
@@ -210,23 +214,24 @@ class Store:
         self.counts: Counter[str] = Counter()
         self.unusable = 0  # of the failed rows, those that are input lines of no use: no retry can help them
         self.reasons: dict[str, Counter[str]] = {"filtered": Counter(), "failed": Counter()}
-        for kind, file in self.files.items() if self.waiting is None else ():
+        for kind, file in () if self.waiting else self.files.items():
             for row in file:
                 self._count(kind, row)
 
     def _save_manifest(self) -> None:
-        if self.waiting is None:  # else the files are still those of the earlier one
+        if not self.waiting:  # else the files are still those of the earlier one
             self.manifest.save(self.manifest_path)
 
     def _replace_earlier(self) -> None:
         """Put this run's files in the place of an earlier one's. Killed in between, its other rows are not done."""
         for file in self.files.values():
             file.clear()
-        waiting, self.waiting = self.waiting, None
+        waiting, self.waiting = self.waiting, {}
         self._save_manifest()
-        self.files["failed"].replace(waiting)
-        waiting.unlink()
-        waiting.close()
+        for kind, file in waiting.items():
+            self.files[kind].replace(file)
+            file.unlink()
+            file.close()
 
     def _check(self, old: Manifest | None) -> None:
         check_same_command(self.files["done"].path, old, self.manifest)
@@ -254,7 +259,7 @@ class Store:
 
     @property
     def begun(self) -> bool:
-        return self.waiting is None and not all(file.empty for file in self.files.values())
+        return not self.waiting and not all(file.empty for file in self.files.values())
 
     def forget_failed(self, ids: Iterable[str]) -> int:
         """Take those of the ids that failed out of the failed file, to run again with other seeds; returns how
@@ -278,9 +283,9 @@ class Store:
 
     def write(self, kind: str, row: Mapping) -> None:
         """Append a finished row to the file of its kind ("done", "filtered", "failed")."""
-        if self.waiting is not None and kind != "failed":
+        if self.waiting and kind == "done":
             self._replace_earlier()
-        (self.waiting or self.files[kind]).append(row)
+        (self.waiting or self.files)[kind].append(row)
         self._count(kind, row)
 
     def _count(self, kind: str, row: Mapping) -> None:
@@ -306,16 +311,16 @@ class Store:
         tokens."""
         try:
             self.save_usage()
-            if self.waiting is None and not self.begun and not self.manifest.usage.asks:
+            if not self.waiting and not self.begun and not self.manifest.usage.asks:
                 self.manifest_path.unlink()
         finally:
             self._close_files()
 
     def _close_files(self) -> None:
-        if self.waiting is not None:
-            if self.waiting.empty:
-                self.waiting.unlink()
-            self.waiting.close()
+        for file in self.waiting.values():
+            if file.empty:
+                file.unlink()
+            file.close()
         for file in self.files.values():
             # Of two runs that start at once, both may have found no file; only one may take it away.
             if self.locked and file.created and file.empty and not self.begun:

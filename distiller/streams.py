@@ -41,16 +41,32 @@ class _Patient:
         return getattr(self._stream, name)
 
 
+def _open_descriptors() -> None:
+    """Give a closed standard stream its number back: the next file that is opened would have it, and what native code
+    says would be written into that."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != descriptor:
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+
+
 @contextmanager
 def patient_streams() -> Iterator[None]:
     """Inside, stdout and stderr are such streams."""
+    _open_descriptors()
     before = sys.stdout, sys.stderr
     for stream in before:
         if hasattr(stream, "reconfigure"):  # a terminal's encoding may lack what a row has: shown as \\u... then
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = (stream and _Patient(stream) for stream in before)  # None where there is no terminal
+    # None where it was closed; what is printed to that goes to stdout.
+    nowhere = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+    sys.stdout, sys.stderr = (_Patient(nowhere if stream is None else stream) for stream in before)
     try:
         yield
-        sys.stdout and sys.stdout.flush()
+        sys.stdout.flush()
     finally:
         sys.stdout, sys.stderr = before

@@ -105,6 +105,8 @@ class VLLMEngine:
             arguments.pop("gpu_memory_utilization")
         arguments |= engine_arguments or {}
         self.tokenizer = self._load_tokenizer(arguments["model"], trust_remote_code)
+        special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self._marks_are_special = any(map(self._marks.uses, special))  # and vLLM would leave them out of the text
         children = set(multiprocessing.active_children())
         try:
             self.llm = self._load(arguments)
@@ -203,6 +205,7 @@ class VLLMEngine:
             top_k=max(sampling.top_k, 0),
             max_tokens=sampling.max_tokens,
             seed=ask.seed,
+            skip_special_tokens=not self._marks_are_special,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         self._queue(

@@ -51,6 +51,14 @@ def test_a_conversation_that_ends_with_the_assistant_is_refused_and_others_are_n
         ("why</think>answer", "<think>", "answer", "why"),
         ("<mull>why</mull>answer", "", "answer", "why"),
         ("<think>not </reasoning> yet</think>answer", "", "answer", "not </reasoning> yet"),
+        ("<think >why</think >answer", None, "answer", "why"),
+        ('<reasoning effort="low">why</ reasoning>answer', None, "answer", "why"),
+        ("<seed:think>why</seed:think>answer", None, "answer", "why"),
+        ("\u25c1think\u25b7why\u25c1/think\u25b7answer", None, "answer", "why"),
+        ("<|begin_of_thought|>why<|end_of_thought|>answer", None, "answer", "why"),
+        ("analysiswhyassistantfinalanswer", None, "answer", "why"),
+        ("analysis of the text: good", None, "analysis of the text: good", None),
+        ("[thought experiments] are fun [/thought]", None, "[thought experiments] are fun [/thought]", None),
         ("<|channel|>analysis<|message|>why<|end|><|start|>assistant<|channel|>final<|message|>a", None, "a", "why"),
     ],
 )
@@ -94,6 +102,12 @@ def test_a_mark_that_is_left_is_found_unless_it_is_what_the_conversation_speaks_
     assert marks.left("a <mull> b") == "<mull>" and thinking_marks().left("a <mull> b") is None
     assert marks.left("Write </think>.", "How do I close <think>? By </think>?") is None
     assert marks.left("I think, [so] <b>I am</b>.") is None
+
+
+def test_a_special_token_that_is_a_mark_is_known():
+    marks = thinking_marks(("mull",))
+    assert all(map(marks.uses, ("[THINK]", "[/THINK]", "<think>", "<|channel|>", "</mull>")))
+    assert not any(map(marks.uses, ("<|im_end|>", "</s>", "[INST]", "<pad>")))
 
 
 def test_a_prompt_that_opens_the_thinking_is_known():

@@ -120,3 +120,21 @@ def test_evaluation_and_training_end_well_whose_log_cannot_be_written(tmp_path, 
     assert done.returncode == 0
     made = {"run_eval_rm": "out/results.json", "score_file": "out.jsonl", "run_reward_train": "out/model.safetensors"}
     assert (tmp_path / made[command]).stat().st_size
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_what_native_code_says_on_a_closed_stream_goes_into_no_file(tmp_path, closed):
+    code = (
+        "import os, sys\n"
+        "from distiller.streams import patient_streams\n"
+        "with patient_streams(), open('out.jsonl', 'w') as file:\n"
+        "    os.write(2, b'a warning')\n"
+        "    os.system('echo and a child >&2')\n"
+        "    print('said', file=sys.stderr)\n"
+        "    file.write('row')\n"
+    )
+    shell = f'exec {closed}; exec "$@"'
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    command = ["bash", "-c", shell, "bash", sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, check=True)
+    assert (tmp_path / "out.jsonl").read_text() == "row" and done.stdout == b""

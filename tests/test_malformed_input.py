@@ -281,6 +281,8 @@ BAD_FLAGS = {
         "is in set, which is read",
     ),
     "standard input": (["--input", "-"], "- is a pipe or a device, and rows are read more than once"),
+    "an input that is a file on the way": (["--input", "out.jsonl.new"], "would write over an input (out.jsonl.new)"),
+    "a server without an address": (["--base_url", ""], "--base_url is empty"),
     "standard output": (["--output", "-"], "--output - is no file: rows are written to it and to files beside it"),
     "a device": (["--output", "/dev/null"], "--output /dev/null is no file"),
     "a pipe": (["--input", "pipe"], "pipe is a pipe or a device, and rows are read more than once"),

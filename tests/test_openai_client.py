@@ -4,7 +4,9 @@ import datetime
 import ipaddress
 import json
 import ssl
+import sys
 import threading
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,13 @@ from cryptography.x509.oid import NameOID
 from test_openai_engine import GREEDY, Server, answers, ask, refusal, reply, server  # noqa: F401 - server is a fixture
 from test_server_faults import command, place, rows_of  # noqa: F401 - place is a fixture
 
+from distiller.arguments import StageArguments
+from distiller.cli import resume_command
 from distiller.engine import EngineDead, EngineNotStarted
 from distiller.openai_engine import OpenAIEngine
 from distiller.openai_faults import shown_url
 
-SECRET = "sk-very-secret"
+SECRET, PASSWORD, QUERY = "sk-very-secret", "pass-word-1", "in-the-query"
 REMOTE = "http://teacher.invalid/v1"  # reserved: no such host
 
 
@@ -123,16 +127,46 @@ def test_an_address_is_cleaned_and_its_query_goes_with_every_request(server):  #
 
 def test_nothing_secret_is_in_any_message_or_file(place, server, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    server.url = server.url.replace("//", f"//me:{SECRET}@") + f"?key={SECRET}"
-    for fault in (refusal(401, f"Incorrect API key provided: {SECRET}"), refusal(500, f"for {SECRET}")):
+    server.url = server.url.replace("//", f"//someone:{PASSWORD}@") + f"?key={QUERY}"
+    basic = b64encode(f"someone:{PASSWORD}".encode()).decode()
+    echo = f"key {SECRET}, at /v1?key={QUERY}, by someone:{PASSWORD}, Authorization: Basic {basic}"
+    for fault in (refusal(401, f"Incorrect API key provided: {echo}"), refusal(500, f"for {echo}")):
         server.script = lambda body, fault=fault: fault
         assert command(server) == 2
-    bad = iter([refusal(400, f"not with {SECRET}")])
+    bad = iter([refusal(400, f"not with {echo}"), reply(f"half {echo}", "content_filter")])
     server.script = lambda body: next(bad, reply())
-    assert command(server) == 0
+    assert command(server) == 1  # two of twelve failed
     said = capsys.readouterr()
     assert "To go on, run: " in said.err and "[OPENAI_API_KEY]" in said.err
-    assert len(rows_of(".failed.jsonl")) == 1
+    assert len(rows_of(".failed.jsonl")) == 2
     for text in (said.out, said.err, *(path.read_text() for path in place.iterdir())):
-        assert SECRET not in text
+        assert not [secret for secret in (SECRET, PASSWORD, QUERY, basic) if secret in text]
     assert json.loads(Path("out.jsonl.manifest.json").read_text())["made_with"]["base_url"].startswith("http://127.")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        (" http://me:pw-1@host:80/v1?key=K#f", "http://host:80/v1"),
+        ("HTTP://me:pw-1@host/v1", "HTTP://host/v1"),
+        ("me:pw-1@host/v1", "host/v1"),
+        ("'http://me:pw-1@host/v1'", "http://host/v1"),
+        ("http://me:pw/-1@host/v1", "http://host/v1"),
+        ("https:/me:pw-1@host/v1", "host/v1"),
+        ("proxy:3128", "proxy:3128"),
+        ("http://[::1]:8000/v1", "http://[::1]:8000/v1"),
+        ("https://host:443/v1/@cf/meta", "https://host:443/v1/@cf/meta"),
+    ],
+)
+def test_an_address_is_shown_without_what_is_secret_in_it(monkeypatch, url, shown):
+    assert shown_url(url) == shown
+    for flags in (["--base_url", url], [f"--base_url={url}"], [f"--base-url={url}"]):
+        monkeypatch.setattr(sys, "argv", ["stage.py", *flags])
+        assert "pw" not in resume_command(StageArguments(), begun=False)
+
+
+def test_a_proxy_that_is_no_address_is_named_with_its_variable(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", f"http://someone:{SECRET}@proxy:port")
+    with pytest.raises(EngineNotStarted, match="no client can be made with .*HTTP_PROXY=http://proxy:port") as refused:
+        OpenAIEngine("m", GREEDY, REMOTE)
+    assert SECRET not in str(refused.value)

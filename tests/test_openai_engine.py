@@ -219,6 +219,10 @@ def test_a_passing_fault_is_retried_and_a_lasting_one_fails_its_ask_alone(server
         ),
         (hidden(429, "slow down"), r"takes no more requests after 1 retries \(HTTP 429: slow down \(in an answer of"),
         (hidden("\u00b2", "odd"), r"fails every request after 1 retries \(HTTP 500: odd"),
+        ((200, {"object": "error", "message": "come later", "code": 429}), r"no more requests .*HTTP 429: come later"),
+        ((200, {"detail": "gone wrong"}), "fails every request .*HTTP 500: gone wrong"),
+        ((200, {"choices": None, "base_resp": {"status_code": 429, "status_msg": "slow"}}), "HTTP 429: slow"),
+        ((200, reply("")[1] | {"error": {"message": "busy", "code": 503}}), "HTTP 503: busy"),
         (hidden("insufficient_quota", "pay"), r"refused the credentials \(HTTP 402: pay"),
         (hidden(None, "overloaded"), r"fails every request after 1 retries \(HTTP 500: overloaded"),
         (refusal(400, "no top_k here"), "refuses every request .*400.*no top_k here.*--top_k"),
@@ -451,6 +455,22 @@ def test_what_was_paid_for_is_kept_with_the_failure(server):
 def test_an_answer_by_another_content_type_is_read(server):
     server.script = lambda body: (200, json.dumps(reply("so")[1]))  # sent as text/html
     assert answers(server, [ask()])[0].text == "so"
+
+
+def test_thinking_in_parts_is_kept_apart(server):
+    inner = [{"type": "text", "text": "why"}]
+    parts = [
+        {"type": "thinking", "thinking": inner},
+        {"type": "text", "text": "a"},
+        {"type": "output_text", "text": "b"},
+    ]
+    replies = iter(
+        [reply(parts), reply([{"type": "image_url"}]), reply([{"type": "image_url"}]), reply([{"type": "image_url"}])]
+    )
+    server.script = lambda body: next(replies)
+    got, odd = answers(server, [ask(), ask()], max_concurrency=1)
+    assert (got.text, got.reasoning) == ("ab", "why")
+    assert isinstance(odd, AskError) and odd.raw == '[{"type": "image_url"}]'
 
 
 def test_content_in_parts_of_text_is_read(server):

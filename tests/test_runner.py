@@ -322,12 +322,13 @@ def test_what_overwrite_replaces_stays_until_the_engine_is_up(tmp_path):
 def test_what_overwrite_replaces_stays_until_there_is_a_row_to_put_in_its_place(tmp_path):
     output, rows = tmp_path / "o.jsonl", make_rows(20)
     waiting = Path(f"{output}.new.failed.jsonl")
+    useless = Path(f"{output}.new.filtered.jsonl")
     stage(output, rows)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     other = {"identity": {"seed": 2}, "overwrite": True}
 
     def left_as_it_was():
-        return {path: path.read_bytes() for path in tmp_path.iterdir() if path != waiting} == before
+        return {path: path.read_bytes() for path in tmp_path.iterdir() if path not in (waiting, useless)} == before
 
     refusing = ScriptedEngine(lambda ask: AskError("it cannot", raw="thinking", completion_tokens=3))
     summary = stage(output, rows, refusing, max_failure_rate=1.0, **other)
@@ -335,6 +336,10 @@ def test_what_overwrite_replaces_stays_until_there_is_a_row_to_put_in_its_place(
     assert f"not one new row can be used: {output} is the earlier one" in str(summary) and str(waiting) in str(summary)
     assert {row["id"] for row in map(json.loads, waiting.read_text().splitlines())} == {row["id"] for row in rows}
     assert "the same command runs them again" in str(stage(output, rows, refusing, **other))
+    filtering = ScriptedEngine(lambda ask: "x:10")  # a number that the work filters
+    summary = stage(output, rows, filtering, **other)
+    assert left_as_it_was() and summary.exit_code == 1 and summary.counts == {"filtered": 20}
+    assert useless.read_bytes().count(b"\n") == 20 and not waiting.exists()
 
     def dying(ask):
         if ask.messages[0]["content"].startswith("prompt 3 "):
@@ -352,13 +357,37 @@ def test_what_overwrite_replaces_stays_until_there_is_a_row_to_put_in_its_place(
 
     engine = ScriptedEngine(late, capacity=1)
     summary = stage(output, rows, engine, on_begun=lambda: begun.append(1), **other)
-    assert not waiting.exists() and begun
+    assert not waiting.exists() and not useless.exists() and begun
     found = files_of(output)
     assert sum(map(len, found.values())) == 20 == summary.counts.total()
     assert [row["reason"] for row in found[".failed.jsonl"].values()].count("not yet") == 5
     assert stage(output, rows, identity={"seed": 2}).counts == summary.counts  # its manifest is the new run's
     stage(output, rows, ScriptedEngine(), **other)
     assert not waiting.exists()
+
+
+def test_an_earlier_output_without_a_finished_row_is_replaced_at_once(tmp_path):
+    output, rows = tmp_path / "o.jsonl", make_rows(5)
+    refusing = ScriptedEngine(lambda ask: AskError("it cannot"))
+    stage(output, rows, refusing)
+    summary = stage(output, rows, refusing, identity={"seed": 2}, overwrite=True)
+    assert not summary.waiting and len(files_of(output)[".failed.jsonl"]) == 5
+    assert stage(output, rows, identity={"seed": 2}, retry_failed=True).counts["failed"] < 5
+
+
+def test_a_link_to_what_is_not_there_yet_stays_one(tmp_path):
+    output = tmp_path / "o.jsonl"
+    (tmp_path / "elsewhere").mkdir()
+    output.symlink_to(tmp_path / "elsewhere/o.jsonl")
+
+    def not_started():
+        raise EngineNotStarted("no such model")
+
+    with pytest.raises(EngineNotStarted):
+        run_stage(make_rows(3), work, not_started, output, Manifest({"stage": "test"}), total=3)
+    assert output.is_symlink() and not list((tmp_path / "elsewhere").iterdir())
+    stage(output, make_rows(3))
+    assert output.is_symlink() and (tmp_path / "elsewhere/o.jsonl").stat().st_size
 
 
 def test_a_fault_of_the_program_ends_the_run_and_keeps_the_rows(tmp_path):

@@ -93,6 +93,7 @@ USELESS = [
     ((200, "<html>Sign in</html>"), 2),
     (reply(None, reasoning_content="I think."), 1),
     (reply("x", finish_reason="content_filter"), 1),
+    (reply("half an answer", finish_reason="length"), 1),
 ]
 """Answers of status 200 that no row can be made of, and the command's exit code: a server's fault, or each row's."""
 
@@ -113,8 +114,8 @@ def test_rows_to_be_overwritten_stay_where_the_server_cannot_make_new_ones(place
         server.script = lambda body, useless=useless: useless
         assert command(server, "--overwrite") == code
         now = {path.name: path.read_bytes() for path in place.iterdir()}
-        failed = now.pop("out.jsonl.new.failed.jsonl", b"").splitlines()
-        assert now == before and len(failed) == (ROWS if code == 1 else 0)
+        waiting = [now.pop(f"out.jsonl.new.{kind}.jsonl", b"").splitlines() for kind in ("failed", "filtered")]
+        assert now == before and sum(map(len, waiting)) == (ROWS if code == 1 else 0)
     server.script = lambda body: reply("new")
     assert command(server, "--overwrite") == 0
     assert [row["response"] for row in rows_of().values()] == ["new"] * ROWS

@@ -273,7 +273,8 @@ def test_rows_of_which_each_meets_a_behaviour_of_its_own(fuzzed, capfd):
     assert code == 0 and set().union(*found.values()) == ids, said
     # Nothing was invented, and both kinds are there.
     for row in found[""].values():
-        assert row["response"].split()[0] in {"answer", "half", "x", "why"}, row
+        # Neither thinking, nor what stands beside an error.
+        assert row["response"].split()[0] in {"answer", "x"}, row
     assert len(found[""]) > ROWS / 10 and len(found[".failed.jsonl"]) > ROWS / 10
 
 

@@ -237,6 +237,17 @@ def test_one_table_has_the_same_ids_in_every_form(tmp_path):
         assert [row["id"] for row in read_rows(tmp_path / name)] == ["39", "40"]
 
 
+def test_what_only_looks_like_something_else_is_read(tmp_path):
+    (tmp_path / "f.csv").write_text("prompt,chosen,,\np,a,,\n")  # as spreadsheets write it
+    assert next(iter(read_rows(tmp_path / "f.csv")))["chosen"] == "a"
+    rows = [{"id": "1", "prompt": "x" * (257 - len('{"id": "1", "prompt": "')) + "ustard"}]
+    (tmp_path / "f.jsonl").write_bytes(jsonl(rows))
+    assert jsonl(rows)[257:262] == b"ustar" and list(read_rows(tmp_path / "f.jsonl")) == rows
+    (tmp_path / "g.jsonl").write_bytes(jsonl([{"prompt": [{"from": ["human"], "value": "x"}]}, rows[0]]))
+    row, _ = read_rows(tmp_path / "g.jsonl", optional=("prompt",))
+    assert isinstance(row, BadRow) and "has a message without a role" in row.reason
+
+
 def test_a_directory_that_is_no_dataset_is_named(tmp_path):
     (tmp_path / "train.jsonl").touch()
     with pytest.raises(InputError, match="is a directory, and the datasets library finds no train data in it"):

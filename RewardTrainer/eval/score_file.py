@@ -219,7 +219,7 @@ def run(arguments: ScoreFileArguments) -> dict[str, int]:
             first = list(islice(iterator, AT_ONCE))
     counts = {"written": store.counts["done"], "failed": store.counts["failed"], "cut": cut}
     reasons = store.reasons["failed"].most_common(5)
-    waiting = store.waiting
+    waiting = bool(store.waiting)
     store.close()
     print(f"{output}: {counts['written']} rows, {counts['failed']} failed", file=sys.stderr)
     for reason, count in reasons:

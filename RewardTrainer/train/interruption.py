@@ -9,6 +9,7 @@ the first step and after the last SIGTERM ends a rank at once, like SIGKILL.
 import hashlib
 import json
 import logging
+import os
 import signal
 from collections.abc import Sequence
 from dataclasses import fields
@@ -132,9 +133,11 @@ def _digest(pairs: Sequence[PairFeatures]) -> str:
 
 def mark_complete(checkpoint: Path) -> None:
     """Say of a checkpoint that it is whole, and what is in it."""
-    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE_FILE]
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and not path.name.startswith(COMPLETE_FILE)]
     text = json.dumps({str(path.relative_to(checkpoint)): _size(path) for path in sorted(files)}, indent=2)
-    (checkpoint / COMPLETE_FILE).write_text(text + "\n", encoding="utf-8")
+    part = checkpoint / f"{COMPLETE_FILE}.part"
+    part.write_text(text + "\n", encoding="utf-8")
+    os.replace(part, checkpoint / COMPLETE_FILE)
 
 
 def _size(path: Path) -> int | None:
@@ -152,7 +155,12 @@ def check_resume(checkpoint: str | Path, settings: dict) -> None:
             f"--resume_from_checkpoint: {checkpoint} is not whole: its save was killed, or --save_only_model left the "
             "optimizer out; begin anew"
         )
-    written = json.loads((Path(checkpoint) / COMPLETE_FILE).read_text(encoding="utf-8") or "{}")
+    try:
+        written = json.loads((Path(checkpoint) / COMPLETE_FILE).read_text(encoding="utf-8"))
+    except ValueError as fault:
+        raise InputError(
+            f"--resume_from_checkpoint: {checkpoint}/{COMPLETE_FILE} is damaged ({fault}); begin anew"
+        ) from fault
     if lost := [name for name, size in written.items() if size != _size(Path(checkpoint) / name)]:
         raise InputError(
             f"--resume_from_checkpoint: {checkpoint} is not whole any more: {', '.join(lost[:5])} is missing, or has "

@@ -372,7 +372,10 @@ def figures_after(checkpoint: str | None, output_dir: str) -> dict:
         return {}
     if file.stat().st_mtime_ns < (Path(checkpoint) / COMPLETE_FILE).stat().st_mtime_ns:
         return {}
-    metrics = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:  # torn
+        return {}
     return {name: metrics[name] for name in ("train", "speed") if name in metrics}
 
 
@@ -419,14 +422,16 @@ def check_launch(trainer: DistilTrainer) -> None:
     )
 
 
-def _is_refusal(fault: Exception) -> bool:
-    """Whether a library refuses what it is set up with (a value out of its range, a package that it wants, a place
-    that it cannot reach), which it says itself: the fault is not of a step, and was not raised in this code."""
+def _refused_at(fault: Exception) -> str | None:
+    """Where a library refused what it is set up with (a value out of its range, a package that it wants, a place that
+    it cannot reach), which it says itself; None for any other fault: one of a step, or raised in this code or by the
+    language."""
     frames = traceback.extract_tb(fault.__traceback__)
-    in_step = any(frame.name in ("training_step", "evaluate", "save_model") for frame in frames)
-    here = Path(frames[-1].filename).is_relative_to(REPOSITORY) and "site-packages" not in frames[-1].filename
     kinds = ValueError | TypeError | ImportError | OSError | RuntimeError
-    return isinstance(fault, kinds) and bool(str(fault)) and not in_step and not here
+    in_step = any(frame.name in ("training_step", "evaluate", "measure_rewards", "save_model") for frame in frames)
+    _, library, file = frames[-1].filename.rpartition("site-packages/")
+    refused = isinstance(fault, kinds) and str(fault) and not in_step and library
+    return f"{file}, line {frames[-1].lineno}" if refused else None
 
 
 @patient_streams()
@@ -452,8 +457,9 @@ def program() -> NoReturn:
     except Interrupted:
         code = EXIT_CODE
     except Exception as fault:
-        if _is_refusal(fault):
-            print(f"error: {type(fault).__name__}: {' '.join(str(fault).split())}", file=sys.stderr)
+        if place := _refused_at(fault):
+            said = " ".join(str(fault).split())
+            print(f"error: {type(fault).__name__}: {said} (from {place})", file=sys.stderr)
         else:
             traceback.print_exc()
     atexit._run_exitfuncs()  # trackers upload their last lines there
