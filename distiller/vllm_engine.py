@@ -105,7 +105,8 @@ class VLLMEngine:
             arguments.pop("gpu_memory_utilization")
         arguments |= engine_arguments or {}
         self.tokenizer = self._load_tokenizer(arguments["model"], trust_remote_code)
-        special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})  # not every tokenizer of transformers has it
+        special = [str(token) for token in added.values() if token.special]
         self._marks_are_special = any(map(self._marks.uses, special))  # and vLLM would leave them out of the text
         children = set(multiprocessing.active_children())
         try:
