@@ -36,7 +36,6 @@ is found, yet opening reads little; the rest is memory-mapped and any number of 
 from __future__ import annotations
 
 import hashlib
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -46,6 +45,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from distiller.atomic import write_whole
 from distiller.records import InputError
 
 COMMAND = "python refine/cache_teacher_logprobs_vllm.py"
@@ -135,12 +135,7 @@ def write_shard(path: Path, info: CacheInfo, rows: Sequence[tuple[str, TokenLogp
     )
     metadata = {"format": FORMAT, **{name: str(value) for name, value in asdict(info).items()}}
     metadata["checksum"] = str(_index_checksum(metadata, tensors))
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(save(tensors, metadata))
-        file.flush()
-        os.fsync(file.fileno())  # or a power cut may leave the name with half the content
-    os.replace(part, path)
+    write_whole(path, save(tensors, metadata), sync=True)
 
 
 def _checksum(arrays: Iterator[np.ndarray]) -> int:

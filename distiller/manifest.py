@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from distiller.atomic import write_whole
 from distiller.records import InputError
 from distiller.usage import Usage
 
@@ -35,10 +35,7 @@ class Manifest:
         """Write it whole or not at all."""
         more = {"retries": self.retries, "usage": self.usage.as_dict(), "made_with": self.made_with}
         text = json.dumps({**self.identity, **more}, indent=2)
-        path = Path(os.path.realpath(path))  # a link stays one
-        part = path.with_name(path.name + ".part")
-        part.write_text(text + "\n", encoding="utf-8")
-        os.replace(part, path)
+        write_whole(path, text + "\n")
 
     @classmethod
     def load(cls, path: Path, remedy: str = "put the file back, or use --overwrite to start anew") -> Manifest | None:

@@ -39,11 +39,12 @@ from pathlib import Path
 import numpy as np
 
 from distiller.arguments import parse_stage_args
+from distiller.atomic import write_whole
 from distiller.records import InputError, parse_columns, read_rows
 from distiller.streams import patient_streams
 from RewardTrainer.eval import score_file
 from RewardTrainer.eval.figures import curves
-from RewardTrainer.eval.outputs import write_file, write_json
+from RewardTrainer.eval.outputs import write_json
 from RewardTrainer.eval.score_file import ScoreFileArguments
 
 REPLICATES = 1000
@@ -167,7 +168,7 @@ def run(arguments: BestOfNArguments) -> dict:
     write_json(directory / "results.json", results)
     lines = {name: [(entry["n"], entry[name]) for entry in table] for name in ("oracle", "gold", "random")}
     picture = curves(lines, "n", "gold score")
-    write_file(directory / "curve.svg", picture.replace("<svg ", f"<svg {ALONE} ", 1).encode())
+    write_whole(directory / "curve.svg", picture.replace("<svg ", f"<svg {ALONE} ", 1).encode())
     print(
         f"{len(whole)} prompts with {most} responses or more; {counts['left_out']} rows left out: "
         f"{len(both) - len(whole)} with fewer, {counts['failed']} that could not be rewarded"

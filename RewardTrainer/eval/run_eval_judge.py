@@ -30,6 +30,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from distiller.atomic import write_whole
 from distiller.cli import StageArguments, flag, parse_stage_args, run
 from distiller.engine import Completion
 from distiller.records import InputError
@@ -45,7 +46,7 @@ from RewardTrainer.eval.judge.asks import (
     check_prompt,
     render,
 )
-from RewardTrainer.eval.judge.outcome import Outcome, outcome_of, stage_rows, write_outcomes, write_whole
+from RewardTrainer.eval.judge.outcome import Outcome, outcome_of, stage_rows, write_outcomes
 from RewardTrainer.eval.judge.page import build_markdown, build_page, title_of, value_of
 from RewardTrainer.eval.judge.replies import POINTWISE, READERS
 

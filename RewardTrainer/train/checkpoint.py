@@ -41,6 +41,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from distiller.atomic import write_whole
 from distiller.records import InputError
 from distiller.tokens import with_fixed_date
 from RewardTrainer.eval.engines.loading import from_pretrained
@@ -375,7 +376,7 @@ def save_student(
         save_causal_lm(student, tokenizer, output_dir / LM_DIR, state)
     parts = [name for name in SOME_MODELS_ONLY if (output_dir / name).exists() and name not in others]
     facts = {"head": student.head, "lm_head": lm_head, "parts": parts}
-    (output_dir / STUDENT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_whole(output_dir / STUDENT_FILE, json.dumps(facts, indent=2) + "\n")
 
 
 def save_causal_lm(

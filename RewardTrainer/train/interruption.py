@@ -9,7 +9,6 @@ the first step and after the last SIGTERM ends a rank at once, like SIGKILL.
 import hashlib
 import json
 import logging
-import os
 import signal
 from collections.abc import Sequence
 from dataclasses import fields
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from distiller.atomic import write_whole
 from distiller.records import InputError
 from RewardTrainer.train.arguments import DistilConfig, ModelArguments
 from RewardTrainer.train.data import PairFeatures
@@ -135,9 +135,7 @@ def mark_complete(checkpoint: Path) -> None:
     """Say of a checkpoint that it is whole, and what is in it."""
     files = [path for path in checkpoint.rglob("*") if path.is_file() and not path.name.startswith(COMPLETE_FILE)]
     text = json.dumps({str(path.relative_to(checkpoint)): _size(path) for path in sorted(files)}, indent=2)
-    part = checkpoint / f"{COMPLETE_FILE}.part"
-    part.write_text(text + "\n", encoding="utf-8")
-    os.replace(part, checkpoint / COMPLETE_FILE)
+    write_whole(checkpoint / COMPLETE_FILE, text + "\n")
 
 
 def _size(path: Path) -> int | None:

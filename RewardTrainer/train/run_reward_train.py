@@ -28,6 +28,7 @@ from accelerate.utils import DistributedType
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from distiller.atomic import write_whole
 from distiller.records import InputError, dump_line, parse_columns
 from distiller.streams import patient_streams
 from distiller.tokens import with_fixed_date
@@ -261,9 +262,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: DistilConf
     if trainer.is_world_process_zero():
         if data_args.eval_ratio:
             held_out = b"".join(map(dump_line, mixture.held_out))
-            (Path(args.output_dir) / HELD_OUT_FILE).write_bytes(held_out)
+            write_whole(Path(args.output_dir) / HELD_OUT_FILE, held_out)
         file = Path(args.output_dir) / "metrics.json"
-        file.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        write_whole(file, json.dumps(metrics, indent=2) + "\n")
         if metrics.get("calibration"):
             draw_calibration(file.with_name("calibration.png"), numbers=metrics["calibration"], **held_out_pairs)
         draw_curves(file.with_name("curves.png"), trainer.state.log_history)

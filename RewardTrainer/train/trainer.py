@@ -35,6 +35,7 @@ from huggingface_hub import HfApi
 from transformers import EvalPrediction, Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from distiller.atomic import write_whole
 from distiller.records import InputError
 from RewardTrainer.eval.metrics import gap_margin_agreement
 from RewardTrainer.memory import memory_for
@@ -430,7 +431,7 @@ class DistilTrainer(Trainer):
             last = {"save_lm": self.args.save_lm, "scale": self.reward_scale, "normalize": self.args.normalize_rewards}
             own = last if final else {}
             checkpoint.save_student(student, self.processing_class, output_dir, state_dict or None, **own)
-        (output_dir / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+        write_whole(output_dir / "training_args.json", self.args.to_json_string() + "\n")
 
     def _save_checkpoint(self, model, trial) -> None:
         """Marks the directory once every rank has written its part, so that no run goes on from a killed save, nor
@@ -442,7 +443,7 @@ class DistilTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            (mark.parent / RUN_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+            write_whole(mark.parent / RUN_FILE, json.dumps(self.settings, indent=2) + "\n")
             if not self.args.save_only_model:
                 mark_complete(mark.parent)
 

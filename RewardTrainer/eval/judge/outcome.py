@@ -8,13 +8,13 @@ A reply that cannot be read is a verdict of null, worth what the benchmark's rul
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
 
+from distiller.atomic import write_whole
 from distiller.records import InputError, dump_line
 from RewardTrainer.eval.base import TIE, Benchmark, Item, Metric, Verdict, summarize
 from RewardTrainer.eval.confidence import intervals
@@ -192,13 +192,6 @@ def results(model: str, judge: Mapping, outcomes: Sequence[Outcome]) -> dict:
         "judges": {outcome.benchmark.name: outcome.statistics for outcome in outcomes},
         "counts": {outcome.benchmark.name: outcome.counts for outcome in outcomes},
     }
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
 
 
 def write_outcomes(directory: Path, form: str, model: str, judge: Mapping, outcomes: Sequence[Outcome]) -> list[str]:
