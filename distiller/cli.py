@@ -109,8 +109,9 @@ def stop_signals() -> Iterator[None]:
             signal.signal(name, signal.SIG_DFL)
         raise Stopped(signum)
 
-    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {signum: signal.getsignal(signum) for signum in ends if signal.getsignal(signum) != signal.SIG_IGN}
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] == signal.SIG_IGN:
+        del before[signal.SIGHUP]
     for signum in before:
         signal.signal(signum, stop)
     try:

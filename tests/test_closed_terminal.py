@@ -85,7 +85,14 @@ def test_a_hang_up_stops_a_stage_with_the_command_to_go_on_but_not_under_nohup(p
     stage = [sys.executable, str(ROOT / "refine/generate_response_vllm.py"), *FLAGS, "--base_url", server.url]
     stage += ["--max_concurrency", "2"]
     command = ["nohup", *stage] if nohup else stage
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # whatever these tests run under
+    )
     assert begun.wait(timeout=60)
     process.send_signal(signal.SIGHUP)
     said = process.communicate(timeout=60)[1]
