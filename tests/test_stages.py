@@ -164,8 +164,11 @@ def test_a_stage_that_leaves_no_row_says_so(place, capsys):
     assert refine.main(_flags("refine", "pairs.jsonl", "refined.jsonl")) == 0
     flags = _flags("score", "refined.jsonl", "scored.jsonl")
     assert cali.main(flags) == 0 and "warning" not in capsys.readouterr().err
-    assert cali.main([*flags, "--min_margin", "9", "--overwrite"]) == 0
-    assert "warning: no row is left: scored.jsonl is empty" in capsys.readouterr().err
+    before = Path("scored.jsonl").read_bytes()
+    assert cali.main([*flags, "--min_margin", "9", "--overwrite"]) == 1  # the earlier rows stay
+    assert Path("scored.jsonl").read_bytes() == before
+    assert cali.main([*_flags("score", "refined.jsonl", "none.jsonl"), "--min_margin", "9"]) == 0
+    assert "warning: no row is left: none.jsonl is empty" in capsys.readouterr().err
 
 
 def test_the_closing_report_speaks_of_the_whole_file_and_not_of_the_last_run(place, capsys):
