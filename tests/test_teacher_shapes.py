@@ -254,7 +254,7 @@ def test_the_score_of_a_finished_row_is_the_expected_one_by_brute_force(runs, mo
         with torch.no_grad():
             output = model.generate(input_ids=prompt, max_new_tokens=120, do_sample=False)[0, prompt.shape[1] :]
         said = tokenizer.decode(output, skip_special_tokens=True)
-        text, _ = thinking_marks().split(said, rendered.rstrip().endswith("<think>"))
+        text, _ = thinking_marks().split(said, "<think>" if rendered.rstrip().endswith("<think>") else "")
         reply = Completion(text, None, "stop", 1, 1, None, prefix=said[: len(said) - len(text)])
         means = []
         for tag in ("score_a", "score_b"):

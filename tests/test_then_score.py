@@ -126,8 +126,9 @@ def test_other_scoring_is_another_run_and_its_sampling_is_the_commands(odd, caps
     assert "then_score.options.min_margin: 0.0 before, 9.0 now" in capsys.readouterr().err
     flags = [*_flags("refine", "pairs.jsonl", "both.jsonl"), "--temperature", "0"]
     assert refine.main(flags) == 1 and "then_score" in capsys.readouterr().err
-    assert both("--temperature", "0", "--overwrite") == 0
-    assert not by_id("both.jsonl") and len(by_id("both.jsonl.filtered.jsonl")) == 6
+    before = by_id("both.jsonl")
+    assert both("--temperature", "0", "--overwrite") == 1  # no row is finished: the earlier ones stay
+    assert by_id("both.jsonl") == before and len(by_id("both.jsonl.new.filtered.jsonl")) == 6
 
 
 def test_a_wrong_configuration_of_stage_2_is_refused_before_anything_is_written(odd, capsys):

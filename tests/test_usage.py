@@ -55,8 +55,8 @@ def test_every_answer_is_counted_and_a_rerun_counts_on(tmp_path):
     assert total(output) == engines[0].spent + engines[1].spent == summary.usage.total
     assert used["cached_tokens"] == 2 * used["asks"]
     assert f"= {total(output):,} tokens in {used['asks']} asks" in str(summary)
-    stage(output, rows[:1], Counting(), overwrite=True)
-    assert total(output) < 200
+    stage(output, rows[:5], Counting(), overwrite=True)
+    assert total(output) < 1000
 
 
 def test_the_cost_is_that_of_all_tokens_at_the_prices_given():
