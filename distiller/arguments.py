@@ -333,20 +333,19 @@ def parse_stage_args(
         near = difflib.get_close_matches(unknown[0].lstrip("-").partition("=")[0], lists, n=1)
         parser.error(f"unknown argument {' '.join(unknown)}" + (f", did you mean --{near[0]}?" if near else ""))
     for name in lists:
-        setattr(args, name, _expanded(getattr(args, name)))
+        setattr(args, name, expanded(getattr(args, name)))
     # <root>/<stage>/configs/example.yaml, <root>/distiller/arguments.py
     args.root = default_config.resolve().parents[2] if default_config else Path(__file__).resolve().parents[1]
     return args
 
 
-def _expanded(value: object) -> object:
-    """A path in the home directory in full, as a shell writes it: `~/teacher` in a file, `--model=~/teacher`."""
+def expanded(value: object) -> object:
+    """A path in the home directory in full, as a shell writes it: `~/teacher` in a file, `--model=~/teacher`; of
+    several, in a list or separated by commas, each."""
     if isinstance(value, list):
-        return [_expanded(item) for item in value]
-    if not isinstance(value, str) or "~/" not in value:
-        return value
-    # Of several, separated by commas, each.
-    return ",".join(os.path.expanduser(part) if part.startswith("~/") else part for part in value.split(","))
+        return [expanded(item) for item in value]
+    home = os.path.expanduser("~")
+    return re.sub(r"(^|,\s*)~/", rf"\g<1>{home}/", value) if isinstance(value, str) else value
 
 
 def _config_argv(path: str, lists: Mapping[str, bool], parser: _Parser) -> list[str]:

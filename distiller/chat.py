@@ -86,9 +86,7 @@ class ThinkingMarks:
         while begin := begins(rest.lstrip()):
             body = rest.lstrip()[begin.end() :]
             end = self._end(body, begin[0])
-            if not (
-                end or cut or _name(begin[0]) in self.sure
-            ):  # a heading like [Thought], or the answer's first word
+            if not end and not cut and _name(begin[0]) not in self.sure:  # a heading like [Thought]
                 break
             thoughts.append(body[: end.start()] if end else body)
             rest = body[end.end() :] if end else ""
@@ -126,9 +124,9 @@ class ThinkingMarks:
 
 def _name(mark: str) -> str:
     """What an opening mark and its own closing one have in common: the tag's name, "" for the harmony format."""
-    if "channel" in mark or mark.casefold() in ("analysis", "assistantfinal"):
+    if "<|channel|>" in mark or mark.casefold() in ("analysis", "assistantfinal"):
         return ""
-    if "_of_" in mark:
+    if mark.endswith("_of_thought|>"):
         return "thought"
     return re.search(r"[^\s<>\[\]/\u25c1\u25b7=]+", mark)[0].casefold()
 

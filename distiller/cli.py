@@ -167,8 +167,7 @@ def run(
 
 @patient_streams()
 def exit_code_of(body: Callable[[], int], rest: Callable[[], str]) -> int:
-    """The exit code of `body`, what ended it said aloud; `rest` says what is left to do where it did not come to its
-    end."""
+    """The exit code of `body`. What ended it early is printed, and then `rest()`, which says what is left to do."""
     try:
         with stop_signals():
             return body()

@@ -72,9 +72,8 @@ class OpenAIEngine:
     base_url: with its `/v1`. max_concurrency: requests in flight at once. timeout: seconds for one whole try.
     max_retries: tries after the first. chat_template_kwargs: for vLLM and SGLang servers; it and `top_k` are sent only
     where set, because a hosted API refuses fields it does not know. leave_out: of temperature, top_p and seed, what is
-    not sent.
-    A temperature or top_p of 1, which is what every API takes without the field (but vLLM, which takes the model's
-    own), is left out once the server has refused it. Raises EngineNotStarted for an address, a key or an
+    not sent. A temperature or top_p of 1, which is what every API takes without the field (but vLLM, which takes the
+    model's own), is left out once the server has refused it. Raises EngineNotStarted for an address, a key or an
     environment that no request can be made with.
     """
 

@@ -137,7 +137,9 @@ def secrets_of(base_url: str) -> dict[str, str]:
     found = {os.environ.get(KEY, "").strip(AROUND): f"[{KEY}]"}
     try:
         parts = urlsplit(base_url.strip())
-        hidden = [parts.username, parts.password, *(value for _, value in parse_qsl(parts.query))]
+        # A user's name is no secret, but where it is all that there is: a token.
+        hidden = [parts.password or parts.username]
+        hidden += [value for name, value in parse_qsl(parts.query) if "version" not in name]
     except ValueError:
         hidden = []
     if hidden and parts.username:

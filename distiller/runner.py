@@ -220,7 +220,7 @@ def run_stage(
     `rows` is iterated lazily (twice with `retry_failed`), each with a unique "id"; `total` is their number, for the
     progress line. `make_engine` is called once a row needs it: nothing is loaded when the run is refused or all is
     done; what `retry_failed` runs again stays on disk until the engine is up, and what `overwrite` replaces until
-    there is a row to put in its place. `on_begun` is called at the end, however it comes, where either was done.
+    there is a row to put in its place. `on_begun` is called where either was done, before this returns or raises.
     `max_tokens_total` caps the tokens of this output, those of earlier runs included (see `Budget`). `open_done` is
     `Store`'s. An InputError or ParseError that leaves `work` fails its row; any other exception is a fault of the
     program and ends the run, as EngineDead does; what is finished stays on disk. Raises InputError for a run that is

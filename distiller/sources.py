@@ -45,8 +45,9 @@ class InputError(ValueError):
     any."""
 
 
-class RepeatedKey(ValueError):
-    """A JSON object has this key twice: json itself would keep the last value without a word."""
+class RepeatedKey(Exception):
+    """A JSON object has this key twice: json itself would keep the last value without a word. No ValueError, which
+    stands for text that is no JSON."""
 
 
 def object_of(pairs: list[tuple[str, object]]) -> dict:
@@ -167,8 +168,6 @@ def _object(file: io.BufferedIOBase) -> dict | None:
         whole = first + file.read()
     try:
         found = json.loads(whole, object_pairs_hook=object_of)
-    except RepeatedKey:
-        raise
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
@@ -234,8 +233,6 @@ def _array(source: str, data: bytes) -> list | None:
     data = data.removeprefix(BOM).lstrip()
     try:
         return json.loads(data, object_pairs_hook=object_of)
-    except RepeatedKey:
-        raise
     except (ValueError, RecursionError) as fault:
         try:
             json.loads(data.partition(b"\n")[0])

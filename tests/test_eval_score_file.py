@@ -188,6 +188,6 @@ def test_equal_texts_have_one_reward_wherever_they_stand_in_the_file(tmp_path):
 
 def test_a_file_in_the_home_directory_is_found_behind_a_comma(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    given = ["--benchmarks", "example,~/pairs.jsonl", "--model=~/rm"]
+    given = ["--benchmarks", "example, ~/pairs.jsonl", "--model=~/rm"]
     args = parse_stage_args(EvalArguments, DEFAULT_CONFIG, argv=given)
-    assert (args.benchmarks, args.model) == (f"example,{tmp_path}/pairs.jsonl", f"{tmp_path}/rm")
+    assert (args.benchmarks, args.model) == (f"example, {tmp_path}/pairs.jsonl", f"{tmp_path}/rm")

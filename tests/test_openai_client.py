@@ -21,7 +21,7 @@ from distiller.arguments import StageArguments
 from distiller.cli import resume_command
 from distiller.engine import EngineDead, EngineNotStarted
 from distiller.openai_engine import OpenAIEngine
-from distiller.openai_faults import shown_url
+from distiller.openai_faults import secrets_of, shown_url, without_secrets
 
 SECRET, PASSWORD, QUERY = "sk-very-secret", "pass-word-1", "in-the-query"
 REMOTE = "http://teacher.invalid/v1"  # reserved: no such host
@@ -163,6 +163,16 @@ def test_an_address_is_shown_without_what_is_secret_in_it(monkeypatch, url, show
     for flags in (["--base_url", url], [f"--base_url={url}"], [f"--base-url={url}"]):
         monkeypatch.setattr(sys, "argv", ["stage.py", *flags])
         assert "pw" not in resume_command(StageArguments(), begun=False)
+
+
+def test_what_is_no_secret_is_left_in_a_message(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    secrets = secrets_of(f"http://user:{PASSWORD}@host/v1?api-version=2024-10-21&sig={QUERY}")
+    said = f"the user message of 2024-10-21: {PASSWORD} {QUERY} {SECRET}"
+    assert (
+        without_secrets(said, secrets) == "the user message of 2024-10-21: [--base_url] [--base_url] [OPENAI_API_KEY]"
+    )
+    assert without_secrets("by a-token", secrets_of("http://a-token@host/v1")) == "by [--base_url]"
 
 
 def test_a_proxy_that_is_no_address_is_named_with_its_variable(monkeypatch):

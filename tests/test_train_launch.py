@@ -366,7 +366,9 @@ def test_command_line_overrides_the_recipe_and_unknown_keys_are_refused(tmp_path
     assert args.resume_from_checkpoint == f"{Path.home()}/c"
     recipe.write_text("model_name_or_path: 123\ntrain_file: 7\nresume_from_checkpoint: true\n")
     model_args, data_args, args = parse(recipe, ["--output_dir", str(tmp_path)])
-    assert (model_args.model_name_or_path, data_args.train_file, args.resume_from_checkpoint) == ("123", "7", "last")
+    assert (model_args.model_name_or_path, data_args.train_file, args.resume_from_checkpoint) == ("123", "7", "true")
+    recipe.write_text("model_name_or_path: a\ntrain_file: b\nresume_from_checkpoint: false\n")
+    assert run_reward_train.find_checkpoint(parse(recipe, ["--output_dir", str(tmp_path)])[2]) is None
     recipe.write_text("model_name_or_path: false\ntrain_file: b\n")
     with pytest.raises(
         run_reward_train.InputError, match="recipe.yaml: argument --model_name_or_path: is False; give"

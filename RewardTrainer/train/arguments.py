@@ -19,6 +19,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_liger_kernel_available
 from trl import TrlParser
 
+from distiller.arguments import expanded
 from distiller.records import InputError
 from RewardTrainer.eval.engines.loading import check_attention
 from RewardTrainer.train.losses import LOSSES, check_weights
@@ -307,7 +308,7 @@ class _Parser(TrlParser):
     def set_defaults_with_config(self, **values) -> list[str]:
         types = {name: each for part in self.dataclass_types for name, each in get_type_hints(part).items()}
         optional = {name for name, each in types.items() if type(None) in get_args(each)}
-        values = {name: _expanded(value) for name, value in values.items()}
+        values = {name: expanded(value) for name, value in values.items()}
         for action in self._actions:
             name, value = action.dest, values.get(action.dest)
             if name in values and value is None and name not in optional:
@@ -315,8 +316,8 @@ class _Parser(TrlParser):
             if isinstance(value, list) and action.nargs is None and name not in LISTS:
                 several = "several files are separated by commas" if name == "train_file" else "give one value"
                 raise InputError(f"{self.recipe}: argument --{name}: is a list; {several}")
-            if name == "resume_from_checkpoint" and value is True:  # as transformers has it
-                values[name] = "last"
+            if name == "resume_from_checkpoint" and isinstance(value, bool):
+                values[name] = str(value).lower()  # which `find_checkpoint` knows
             elif name in PATHS and isinstance(value, bool):
                 raise InputError(f"{self.recipe}: argument --{name}: is {value}; give a path or a name")
             elif name in PATHS and isinstance(value, int | float):  # a name of digits alone
@@ -327,11 +328,6 @@ class _Parser(TrlParser):
                 except ArgumentError as fault:
                     raise InputError(f"{self.recipe}: {_one_spelling(str(fault))}") from fault
         return super().set_defaults_with_config(**values)
-
-
-def _expanded(value: object) -> object:
-    """`~/file` in full, as a shell writes it."""
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _one_spelling(message: str) -> str:

@@ -1,4 +1,4 @@
-"""Pre-emption and going on: a run that is told to stop saves a checkpoint, and a checkpoint is gone on from with the
+"""Pre-emption and resuming: a run that is told to stop saves a checkpoint, and a checkpoint is resumed with the
 settings and the rows it was made with, or not at all.
 
 SIGTERM or SIGUSR1 to any rank makes all of them finish the optimizer step, save a checkpoint and end with exit code
@@ -26,9 +26,8 @@ from RewardTrainer.train.data import PairFeatures
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-COMPLETE_FILE = (
-    "checkpoint_complete"  # beside it, once all that a run goes on from is written: names and sizes of that
-)
+COMPLETE_FILE = "checkpoint_complete"
+"""Beside it, once all files of the checkpoint are written: their names and sizes."""
 EXIT_CODE = 128 + signal.SIGTERM
 # Flags that do not decide a run's curve, by how they begin; all others do, known here or not. Where things are written
 # and said; how steps are cut and spread (`pairs_a_step` and `optimizer_state` say what of that counts) and how fast

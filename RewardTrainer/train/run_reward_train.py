@@ -276,7 +276,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: DistilConf
 
 
 def set_up(model_args: ModelArguments, args: DistilConfig) -> None:
-    """Logging on the first rank alone, seeds, and what has to be said aloud."""
+    """Logging on the first rank alone, seeds, and warnings about settings."""
     first = args.process_index == 0
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
