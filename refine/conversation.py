@@ -38,14 +38,11 @@ _EDITED = frozenset(
     "corrected edit edited edits improved mended modified refined repaired revised revision rewritten updated".split()
 )
 _REPLY = frozenset("answer reply response".split())
-_ANNOUNCING = _EDITED | _REPLY
-_ANNOUNCING |= frozenset(
-    "a an as below certainly change changes complete course draft final following follows".split()
-)
-_ANNOUNCING |= frozenset(
-    "for full go have here here's i i've in is it its made minimal my now of okay ok result".split()
-)
-_ANNOUNCING |= frozenset("smallest sure text that the this to version whole with you your".split())
+_ANNOUNCING = frozenset(
+    """a an as below certainly change changes complete course draft final following follows for full go have here here's
+    i i've in is it its made minimal my now of okay ok result smallest sure text that the this to version whole with you
+    your""".split()
+).union(_EDITED, _REPLY)
 """What an announcement of the edit is made of, and hardly a response's first sentence."""
 _OPENERS = {"</diagnosis>": "<diagnosis>", "</refined>": "<refined>"}
 
