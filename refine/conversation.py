@@ -39,9 +39,9 @@ _EDITED = frozenset(
 )
 _REPLY = frozenset("answer reply response".split())
 _ANNOUNCING = frozenset(
-    """a an as below certainly change changes complete course draft final following follows for full go have here here's
-    i i've in is it its made minimal my now of okay ok result smallest sure text that the this to version whole with you
-    your""".split()
+    """a an as below certainly change changes complete course draft final following follows for full go have here
+    here's i i've in is it its made minimal my now of okay ok result smallest sure text that the this to version whole
+    with you your""".split()
 ).union(_EDITED, _REPLY)
 """What an announcement of the edit is made of, and hardly a response's first sentence."""
 _OPENERS = {"</diagnosis>": "<diagnosis>", "</refined>": "<refined>"}
